@@ -1,0 +1,113 @@
+"""Budgets: limits on costs, in the units that people write.
+
+``weights=70.1KiB,act_max=8.1KiB`` or ``bops=0.5G`` or ``weights=4.0bit`` (an average width).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mixbits.core.cost import COSTS
+from mixbits.core.profile import Profile
+
+# kB is 1000 bytes and KiB 1024. The papers' "kB" of weights is KiB.
+UNITS: dict[str, dict[str, float]] = {
+    "bytes": {"B": 1, "kB": 1e3, "KB": 1e3, "KiB": 2**10, "MB": 1e6, "MiB": 2**20, "GB": 1e9, "GiB": 2**30},
+    "bit": {"bit": 1, "bits": 1},
+    "bop": {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "BOP": 1, "MBOP": 1e6, "GBOP": 1e9, "TBOP": 1e12},
+}
+# `weights=4bit` limits another cost than `weights=70KiB`.
+AVERAGES = {"weights": "weight_bits", "act": "act_bits"}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One limit: the cost's name, the most that may be used (bytes, bits or operations), and the words of the user."""
+
+    cost: str
+    asked: float
+    text: str
+
+    def used(self, profile: Profile, bits: Mapping[str, Any]) -> Any:
+        """What ``bits`` uses of this cost."""
+        return COSTS[self.cost].of(profile, bits)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits that must all hold."""
+
+    limits: tuple[Limit, ...]
+
+    def fits(self, profile: Profile, bits: Mapping[str, int]) -> bool:
+        """Whether every limit holds for these widths."""
+        return not self.exceeded(profile, bits)
+
+    def exceeded(self, profile: Profile, bits: Mapping[str, int]) -> list[Limit]:
+        """The limits that these widths break."""
+        return [limit for limit in self.limits if limit.used(profile, bits) > limit.asked]
+
+    def __str__(self) -> str:
+        return ",".join(limit.text for limit in self.limits)
+
+
+def parse_budget(text: str) -> Budget:
+    """The budget written as ``name=value`` pairs with commas between.
+
+    >>> [(limit.cost, limit.asked) for limit in parse_budget("weights=70KiB, bops=0.5G").limits]
+    [('weights', 71680.0), ('bops', 500000000.0)]
+    >>> parse_budget("weights=4.0bit").limits[0].cost
+    'weight_bits'
+    """
+    limits = tuple(_parse_limit(part.strip()) for part in text.split(",") if part.strip())
+    if not limits:
+        raise ValueError("the budget is empty; write for example weights=70KiB,act_max=8KiB")
+    names = [limit.cost for limit in limits]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"the budget limits {', '.join(sorted(twice))} twice; give each limit once")
+    return Budget(limits)
+
+
+def _parse_limit(text: str) -> Limit:
+    match = re.fullmatch(r"(\w+)\s*=\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)", text)
+    if not match:
+        raise ValueError(f"cannot read the limit {text!r}; write name=number and unit, for example weights=70KiB")
+    name, number, unit = match.groups()
+    written = sorted({*COSTS, *AVERAGES} - set(AVERAGES.values()))
+    if unit in UNITS["bit"] and name in AVERAGES:
+        key = AVERAGES[name]
+    elif name in COSTS and name in written:
+        key = name
+    elif name in AVERAGES:
+        raise ValueError(f"{text}: {name!r} is an average width; write for example {name}=4bit")
+    else:
+        raise ValueError(f"unknown limit {name!r} in {text!r}; known are {', '.join(written)}")
+    known = UNITS[COSTS[key].unit]
+    if unit not in known:
+        extra = " or bit (average width)" if key in AVERAGES else ""
+        raise ValueError(
+            f"unknown unit {unit!r} in {text!r}; {name} is given in {', '.join(u or '(none)' for u in known)}{extra}"
+        )
+    try:
+        value = float(number)
+    except ValueError:
+        raise ValueError(f"{number!r} in {text!r} is not a number") from None
+    if not value > 0:
+        raise ValueError(f"{text!r}: a limit must be above 0")
+    return Limit(key, value * known[unit], text)
+
+
+def format_amount(cost: str, amount: float) -> str:
+    """An amount in a readable unit.
+
+    >>> format_amount("weights", 71680), format_amount("bops", 5e8), format_amount("weight_bits", 3.25)
+    ('70.00 KiB', '0.5000 GBOP', '3.250 bit')
+    """
+    unit = COSTS[cost].unit
+    if unit == "bytes":
+        return f"{amount:.0f} B" if amount < UNITS["bytes"]["KiB"] else f"{amount / UNITS['bytes']['KiB']:.2f} KiB"
+    return f"{amount:.3f} bit" if unit == "bit" else f"{amount / UNITS['bop']['G']:.4f} GBOP"

@@ -1,0 +1,52 @@
+"""Program: a lowered network as plain data: integer and float instructions, packed weights, float constants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixbits.core.grid import Grid
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight tensor's codes, packed at the width of its grid.
+
+    The real value of code ``c`` is ``step * grid.levels[c]``; the step is not here, it is folded into the scales of the
+    instructions that read the weight.
+    """
+
+    shape: tuple[int, ...]
+    grid: Grid
+    packed: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One operation on named values.
+
+    ``op`` names a function of ``runtime/reference.py``; ``name`` is where the operation came from, for messages and
+    reports; ``attrs`` is JSON, and refers to weights and constants of the program by name.
+    """
+
+    op: str
+    name: str
+    inputs: tuple[str, ...]
+    output: str
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Program:
+    """Instructions in order, from the value ``input`` (float32, batch first) to the value ``output``."""
+
+    input_shape: tuple[int, ...]  # without the batch dimension
+    output: str
+    instructions: tuple[Instruction, ...]
+    weights: Mapping[str, PackedWeight]
+    constants: Mapping[str, NDArray[np.float32]]
+    about: Mapping[str, Any] = field(default_factory=dict)  # provenance: data set, normalization, classes, widths

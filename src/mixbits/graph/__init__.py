@@ -1,0 +1,1 @@
+"""Captured networks: torch.export, sites, profiles, placed quantizers, batch-norm folding."""

@@ -1,0 +1,226 @@
+"""Capture: a trained ``nn.Module`` becomes a graph whose edges can be quantized. See docs/decisions/0001-capture.md."""
+
+from __future__ import annotations
+
+import copy
+import linecache
+import logging
+import sys
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+# Modules that behave differently in training: kept as modules, everything else becomes aten operations.
+MODAL = (_BatchNorm, _DropoutNd)
+TORCH_FOLDER = str(Path(torch.__file__).parent)
+
+
+class CaptureError(ValueError):
+    """A network that cannot be captured; the message names the line at fault where there is one, and the remedy."""
+
+
+def capture_module(model: nn.Module, example: Tensor) -> fx.GraphModule:
+    """``model`` as an ``fx.GraphModule`` of aten operations that still trains.
+
+    ``example`` is one batch of inputs, float ``[n, ...]``; only its shape and type matter. The result shares no
+    parameter with ``model``, has the same state-dict keys, takes any batch size, and follows ``train()``/``eval()``.
+    """
+    model = copy.deepcopy(model)
+    was_training = model.training
+    model.eval()
+    if example.shape[0] < 2:  # noqa: PLR2004  a batch of one would be captured as a constant
+        example = torch.cat([example, example])
+    module = _export(model, example)
+    _refuse_frozen_functional(module, model)
+    _lift_modal_(module, model)
+    _drop_identities_(module.graph)
+    module.graph.eliminate_dead_code()
+    _plain_signature_(module.graph)
+    captured = fx.GraphModule(module, module.graph)
+    _name_nodes_(captured)
+    captured.train(was_training)
+    _check_same(model, captured, example)
+    return captured
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what torch.export prints while it tries: the error that counts is raised."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _export(model: nn.Module, example: Tensor) -> fx.GraphModule:
+    """The exported module with a dynamic batch: not strict first, then strict (which understands ``len(x)``)."""
+    failures: list[Exception] = []
+    for strict in (False, True):
+        try:
+            with _quiet():
+                program = torch.export.export(
+                    model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=strict
+                )
+                return program.run_decompositions({}).module(check_guards=False)  # type: ignore[return-value]
+        except Exception as error:  # torch.export raises many types
+            failures.append(error)
+    raise CaptureError(_explain(failures[0])) from failures[0]
+
+
+def _explain(error: Exception) -> str:
+    """One line of what went wrong and the user's own source line that caused it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = lines[0] if lines else type(error).__name__
+    place = ""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith((TORCH_FOLDER, "<")) and frame.filename != __file__:
+            source = (frame.line or linecache.getline(frame.filename, frame.lineno or 0)).strip()
+            place = f"\n  {frame.filename}, line {frame.lineno}: {source}"
+            break
+    remedy = (
+        "Control flow that depends on tensor values cannot be captured: use torch.where or torch.cond, or move it out of "
+        "forward()."
+        if "data-dependent" in str(error).lower() or "GuardOnDataDependent" in type(error).__name__
+        else "The network must take one float tensor with the batch first, for any batch size, and be traceable by torch.export."
+    )
+    return f"the network cannot be captured: {reason}{place}\n  {remedy}"
+
+
+def _owner(node: fx.Node) -> str:
+    """Path of the module that the node was called in, '' for the network itself."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = stack[-1][0].split("@")[0] if stack else ""
+    return "" if path.startswith("_empty_nn_module_stack") else path
+
+
+def _refuse_frozen_functional(module: fx.GraphModule, model: nn.Module) -> None:
+    """Functional batch norm would stay frozen and functional dropout would be lost: say so, name the remedy."""
+    modal = {name for name, child in model.named_modules() if isinstance(child, MODAL)}
+    for node in module.graph.nodes:
+        name = str(node.target)
+        if node.op == "call_function" and "batch_norm" in name and _owner(node) not in modal:
+            raise CaptureError(
+                f"{_owner(node) or 'the network'}: functional batch_norm cannot follow train() and eval(); "
+                "use an nn.BatchNorm2d module"
+            )
+    for path, child in model.named_modules():
+        if isinstance(child, MODAL):
+            continue
+        source = _forward_source(child)
+        if "dropout(" in source.replace(" ", "") and "F.dropout(" in source.replace(" ", ""):
+            raise CaptureError(
+                f"{path or 'the network'}: functional dropout is lost when a network is captured; use an nn.Dropout module"
+            )
+
+
+def _forward_source(module: nn.Module) -> str:
+    """Source of the class's forward, '' where it cannot be read or is torch's own."""
+    function = type(module).forward
+    code = getattr(function, "__code__", None)
+    if code is None or code.co_filename.startswith(TORCH_FOLDER):
+        return ""
+    lines = linecache.getlines(code.co_filename)
+    last = max((line for _, _, line in code.co_lines() if line), default=code.co_firstlineno)
+    return "\n".join(line.split("#")[0] for line in lines[code.co_firstlineno - 1 : last])
+
+
+def _lift_modal_(module: fx.GraphModule, model: nn.Module) -> None:
+    """Replace the operations of each modal module by a call of a module with its state."""
+    modules = dict(model.named_modules())
+    graph = module.graph
+    for node in list(graph.nodes):
+        path = _owner(node)
+        child = modules.get(path)
+        if node.op != "call_function" or not isinstance(child, MODAL) or "getitem" in str(node.target):
+            continue
+        parent, _, name = path.rpartition(".")
+        holder = module.get_submodule(parent) if parent else module
+        setattr(holder, name, child)
+        results = [user for user in node.users if "getitem" in str(user.target)] or [node]
+        with graph.inserting_before(node):
+            call = graph.call_module(path, (node.args[0],))
+        call.meta.update(results[0].meta)
+        call.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
+        results[0].replace_all_uses_with(call)
+    graph.eliminate_dead_code()
+
+
+def _plain_signature_(graph: fx.Graph) -> None:
+    """One tensor in, one tensor out, without the containers that torch.export wraps around them."""
+    (output,) = [node for node in graph.nodes if node.op == "output"]
+    results = output.args[0]
+    if isinstance(results, list | tuple):
+        if len(results) != 1:
+            raise CaptureError(f"the network returns {len(results)} tensors; mixbits needs one, the logits")
+        output.args = (results[0],)
+    graph.set_codegen(fx.graph.CodeGen())
+
+
+IDENTITIES = {
+    torch.ops.aten.clone.default,
+    torch.ops.aten.alias.default,
+    torch.ops.aten.detach.default,
+    torch.ops.aten.contiguous.default,
+}
+
+
+def _drop_identities_(graph: fx.Graph) -> None:
+    """Remove operations that hand their input on: copies, and slices of everything."""
+    for node in list(graph.nodes):
+        whole = node.target is torch.ops.aten.slice.Tensor and (
+            node.args[2:3] in ((), (0,), (None,))
+            and (len(node.args) < 4 or node.args[3] is None or node.args[3] == sys.maxsize)  # noqa: PLR2004
+            and node.args[4:] in ((), (1,))
+        )
+        if node.target in IDENTITIES or whole:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def address(node: fx.Node) -> str:
+    """Where a node stands: ``input``, ``layer1.0.conv1.weight``, ``layer1.0/relu``."""
+    if node.op == "placeholder":
+        return "input"
+    if node.op == "get_attr":
+        return str(node.target)
+    if node.op == "call_module":
+        return str(node.target)
+    function = str(node.target).removeprefix("aten.").split(".")[0].rstrip("_")
+    owner = _owner(node)
+    return f"{owner}/{function}" if owner else function
+
+
+def _name_nodes_(captured: fx.GraphModule) -> None:
+    """Give every node its address as ``meta['address']``; the second use of one gets ``.1`` and so on."""
+    seen: Counter[str] = Counter()
+    for node in captured.graph.nodes:
+        name = address(node)
+        node.meta["address"] = name if not seen[name] or node.op == "get_attr" else f"{name}.{seen[name]}"
+        seen[name] += 1
+
+
+def _check_same(model: nn.Module, captured: fx.GraphModule, example: Tensor) -> None:
+    """The captured network computes what the model computes and has its state-dict keys."""
+    missing = set(model.state_dict()) ^ set(captured.state_dict())
+    if missing:
+        raise CaptureError(f"capture changed the state-dict keys: {sorted(missing)[:3]}; please report this network")
+    captured.eval()
+    with torch.no_grad():
+        ours, theirs = captured(example), model.eval()(example)
+    if not isinstance(theirs, Tensor):
+        raise CaptureError(f"the network returns {type(theirs).__name__}; mixbits needs one tensor, the logits")
+    if not torch.equal(ours, theirs) and not torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6, equal_nan=True):
+        worst = (ours - theirs).abs().max().item()
+        raise CaptureError(f"the captured network differs from the model by {worst:g}; please report this network")

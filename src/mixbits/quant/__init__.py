@@ -1,0 +1,1 @@
+"""Quantizers: modules that sit on an edge of a captured network."""

@@ -1,0 +1,76 @@
+"""Quantizers: what stands on an edge of a captured network."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mixbits.core.grid import Grid
+from mixbits.quant.functional import fake_quantize, scale_gradient
+
+SMALLEST_STEP = 1e-8  # keeps x / step finite in float32
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A quantizer as plain values: the grid, and the step as float32 ``[]`` or ``[channels]``."""
+
+    grid: Grid
+    step: Tensor
+
+
+class Quantizer(nn.Module, ABC):
+    """One edge: float tensor in, float tensor out, on the grid of :meth:`freeze` in ``eval()``."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """The quantized tensor, of the shape of ``x``."""
+
+    @abstractmethod
+    def bits(self) -> Tensor:
+        """The width, a scalar tensor, differentiable while it is learned."""
+
+    @abstractmethod
+    def freeze(self) -> Frozen:
+        """Grid and step if training stopped now."""
+
+    @abstractmethod
+    def project_(self) -> None:
+        """Put the parameters back into their legal set; called after every update."""
+
+
+class LearnedStep(Quantizer):
+    """A fixed grid whose step is learned: LSQ (Esser et al. 2020, arXiv 1902.08153), the quantizer of finetuning.
+
+    ``step`` is ``[]`` or one per slice of the first dimension, ``[channels, 1, ...]``. The step's gradient is scaled by
+    ``1 / sqrt(n * level_max)``, with n the values that share the step (of one sample for activations), LSQ section 2.2.
+    """
+
+    def __init__(self, grid: Grid, step: Tensor, *, shared_by: int) -> None:
+        """``shared_by``: how many values share one step (n above)."""
+        super().__init__()
+        self.grid = grid
+        self.step = nn.Parameter(step.detach().clone().float().clamp_min(SMALLEST_STEP))
+        self.gradient_scale = (shared_by * max(grid.level_max, 1)) ** -0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantized ``x``; in bfloat16 training the rounding is still done in float32."""
+        if x.dtype in (torch.bfloat16, torch.float16):
+            x = x.float()
+        return fake_quantize(x, scale_gradient(self.step, self.gradient_scale).to(x.dtype), self.grid)
+
+    def bits(self) -> Tensor:
+        """The grid's width, a constant."""
+        return torch.tensor(float(self.grid.bits), device=self.step.device)
+
+    def freeze(self) -> Frozen:
+        """The grid and the step as they are."""
+        return Frozen(self.grid, self.step.detach().float().flatten() if self.step.dim() else self.step.detach().float())
+
+    def project_(self) -> None:
+        """Keep the step positive."""
+        with torch.no_grad():
+            self.step.clamp_min_(SMALLEST_STEP)
