@@ -1,0 +1,5 @@
+"""Mixed-precision quantization of PyTorch networks."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
