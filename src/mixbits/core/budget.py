@@ -75,7 +75,9 @@ def parse_budget(text: str) -> Budget:
 def _parse_limit(text: str) -> Limit:
     match = re.fullmatch(r"(\w+)\s*=\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)", text)
     if not match:
-        raise ValueError(f"cannot read the limit {text!r}; write name=number and unit, for example weights=70KiB")
+        raise ValueError(
+            f"cannot read the limit {text!r}; write name=number and unit, for example weights=70KiB"
+        )
     name, number, unit = match.groups()
     written = sorted({*COSTS, *AVERAGES} - set(AVERAGES.values()))
     if unit in UNITS["bit"] and name in AVERAGES:
@@ -109,5 +111,9 @@ def format_amount(cost: str, amount: float) -> str:
     """
     unit = COSTS[cost].unit
     if unit == "bytes":
-        return f"{amount:.0f} B" if amount < UNITS["bytes"]["KiB"] else f"{amount / UNITS['bytes']['KiB']:.2f} KiB"
+        return (
+            f"{amount:.0f} B"
+            if amount < UNITS["bytes"]["KiB"]
+            else f"{amount / UNITS['bytes']['KiB']:.2f} KiB"
+        )
     return f"{amount:.3f} bit" if unit == "bit" else f"{amount / UNITS['bop']['G']:.4f} GBOP"

@@ -96,12 +96,16 @@ class Codebook:
         if not 1 <= self.bits <= MAX_BITS:
             raise ValueError(f"a codebook of {self.bits} bits does not exist; widths are 1 to {MAX_BITS}")
         if not 2 <= len(levels) <= level_count(self.bits):
-            raise ValueError(f"{len(levels)} levels do not fit {self.bits} bits (2 to {level_count(self.bits)})")
+            raise ValueError(
+                f"{len(levels)} levels do not fit {self.bits} bits (2 to {level_count(self.bits)})"
+            )
         if any(a >= b for a, b in zip(levels, levels[1:], strict=False)):
             raise ValueError(f"levels must increase strictly, got {levels}")
         lowest, highest = (-half_byte, half_byte - 1) if levels[0] < 0 else (0, 2 * half_byte - 1)
         if levels[0] < lowest or levels[-1] > highest:
-            raise ValueError(f"levels must fit one byte ({lowest} .. {highest}), got {levels[0]} .. {levels[-1]}")
+            raise ValueError(
+                f"levels must fit one byte ({lowest} .. {highest}), got {levels[0]} .. {levels[-1]}"
+            )
         if not self.edges:
             midpoints = tuple((a + b) / 2 for a, b in zip(levels, levels[1:], strict=False))
             object.__setattr__(self, "edges", midpoints)
@@ -165,7 +169,9 @@ def levels_of(codes: NDArray[np.uint8], grid: Grid) -> NDArray[np.int16]:
     return np.asarray(grid.levels, np.int16)[codes]
 
 
-def dequantize(codes: NDArray[np.uint8], step: NDArray[np.float32] | float, grid: Grid) -> NDArray[np.float32]:
+def dequantize(
+    codes: NDArray[np.uint8], step: NDArray[np.float32] | float, grid: Grid
+) -> NDArray[np.float32]:
     """Values ``step * level`` in float32.
 
     >>> dequantize(np.uint8([9, 0]), 0.5, Uniform(4, signed=True)).tolist()

@@ -35,7 +35,9 @@ class Policy:
             if name not in names:
                 raise unknown_site(name, names)
             if profile.site(name).signed and not grid.signed:
-                raise ValueError(f"{name}: the grid is unsigned, but the tensor has negative values; use signed=true")
+                raise ValueError(
+                    f"{name}: the grid is unsigned, but the tensor has negative values; use signed=true"
+                )
         missing = [name for name in names if name not in self.grids]
         if missing:
             raise ValueError(
@@ -55,9 +57,11 @@ class Policy:
 def policy_from_json(entry: Any) -> Policy:
     """The policy of a parsed JSON object; raises ``ValueError`` naming the site at fault."""
     if not isinstance(entry, dict) or entry.get("format") != "mixbits-policy":
-        raise ValueError("not a policy: an object with \"format\": \"mixbits-policy\" is expected")
+        raise ValueError('not a policy: an object with "format": "mixbits-policy" is expected')
     if entry.get("version") != 1:
-        raise ValueError(f"policy version {entry.get('version')!r} is not known here; this mixbits reads version 1")
+        raise ValueError(
+            f"policy version {entry.get('version')!r} is not known here; this mixbits reads version 1"
+        )
     if not isinstance(entry.get("sites"), dict):
         raise ValueError('a policy has an object "sites": {site name: grid}')
     grids: dict[str, Grid] = {}
@@ -74,6 +78,8 @@ def read_policy(path: Path) -> Policy:
     try:
         return policy_from_json(json.loads(path.read_text(encoding="utf-8")))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); write a policy as `mixbits learn` does") from None
+        raise ValueError(
+            f"{path}: not valid JSON ({error}); write a policy as `mixbits learn` does"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

@@ -62,7 +62,9 @@ class Profile:
     sites: tuple[Site, ...]
     ops: tuple[Op, ...]
     values: tuple[Value, ...]
-    stored_floats: int  # float32 constants beside the weights: scales, biases, steps, constants of float operations
+    stored_floats: (
+        int  # float32 constants beside the weights: scales, biases, steps, constants of float operations
+    )
 
     def site(self, name: str) -> Site:
         """The site of that name; the error of an unknown one lists the nearest names."""
@@ -102,8 +104,14 @@ def profile_from_json(text: str) -> Profile:
         raise ValueError("not a mixbits profile of version 1")
 
     def rows(kind: type, key: str) -> tuple[Any, ...]:
-        return tuple(kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}) for row in entry[key])
+        return tuple(
+            kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}) for row in entry[key]
+        )
 
     return Profile(
-        tuple(entry["input_shape"]), rows(Site, "sites"), rows(Op, "ops"), rows(Value, "values"), entry["stored_floats"]
+        tuple(entry["input_shape"]),
+        rows(Site, "sites"),
+        rows(Op, "ops"),
+        rows(Value, "values"),
+        entry["stored_floats"],
     )
