@@ -36,7 +36,7 @@ def capture_module(model: nn.Module, example: Tensor) -> fx.GraphModule:
     model = copy.deepcopy(model)
     was_training = model.training
     model.eval()
-    if example.shape[0] < 2:  # noqa: PLR2004  a batch of one would be captured as a constant
+    if example.shape[0] < 2:
         example = torch.cat([example, example])
     module = _export(model, example)
     _refuse_frozen_functional(module, model)
@@ -179,10 +179,13 @@ IDENTITIES = {
 def _drop_identities_(graph: fx.Graph) -> None:
     """Remove operations that hand their input on: copies, and slices of everything."""
     for node in list(graph.nodes):
-        whole = node.target is torch.ops.aten.slice.Tensor and (
-            node.args[2:3] in ((), (0,), (None,))
-            and (len(node.args) < 4 or node.args[3] is None or node.args[3] == sys.maxsize)  # noqa: PLR2004
-            and node.args[4:] in ((), (1,))
+        whole = (
+            node.target is torch.ops.aten.slice.Tensor
+            and (
+                node.args[2:3] in ((), (0,), (None,))
+                and (len(node.args) < 4 or node.args[3] is None or node.args[3] == sys.maxsize)
+                and node.args[4:] in ((), (1,))
+            )
         )
         if node.target in IDENTITIES or whole:
             node.replace_all_uses_with(node.args[0])
@@ -215,12 +218,20 @@ def _check_same(model: nn.Module, captured: fx.GraphModule, example: Tensor) -> 
     """The captured network computes what the model computes and has its state-dict keys."""
     missing = set(model.state_dict()) ^ set(captured.state_dict())
     if missing:
-        raise CaptureError(f"capture changed the state-dict keys: {sorted(missing)[:3]}; please report this network")
+        raise CaptureError(
+            f"capture changed the state-dict keys: {sorted(missing)[:3]}; please report this network"
+        )
     captured.eval()
     with torch.no_grad():
         ours, theirs = captured(example), model.eval()(example)
     if not isinstance(theirs, Tensor):
-        raise CaptureError(f"the network returns {type(theirs).__name__}; mixbits needs one tensor, the logits")
-    if not torch.equal(ours, theirs) and not torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6, equal_nan=True):
+        raise CaptureError(
+            f"the network returns {type(theirs).__name__}; mixbits needs one tensor, the logits"
+        )
+    if not torch.equal(ours, theirs) and not torch.allclose(
+        ours, theirs, rtol=1e-5, atol=1e-6, equal_nan=True
+    ):
         worst = (ours - theirs).abs().max().item()
-        raise CaptureError(f"the captured network differs from the model by {worst:g}; please report this network")
+        raise CaptureError(
+            f"the captured network differs from the model by {worst:g}; please report this network"
+        )

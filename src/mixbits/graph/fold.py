@@ -16,7 +16,7 @@ def folded_batch_norm(node: fx.Node) -> fx.Node | None:
     users = list(node.users)
     if node.target not in MAC_OPS or len(users) != 1 or not is_batch_norm(users[0]):
         return None
-    if MAC_OPS[node.target] == "linear" and node.meta["val"].dim() != 2:  # noqa: PLR2004
+    if MAC_OPS[node.target] == "linear" and node.meta["val"].dim() != 2:
         return None
     return users[0]
 

@@ -79,7 +79,9 @@ def _op(node: fx.Node, name: str) -> Op:
 def _fuses_into_reader(node: fx.Node) -> bool:
     """Whether a value never reaches memory: its one reader works on single values as they are produced."""
     users = list(node.users)
-    return len(users) == 1 and (users[0].target in ELEMENTWISE or is_batch_norm(users[0]) or is_dropout(users[0]))
+    return len(users) == 1 and (
+        users[0].target in ELEMENTWISE or is_batch_norm(users[0]) or is_dropout(users[0])
+    )
 
 
 def _values(graph: fx.Graph, site_of: dict[fx.Node, str]) -> tuple[Value, ...]:
@@ -92,7 +94,10 @@ def _values(graph: fx.Graph, site_of: dict[fx.Node, str]) -> tuple[Value, ...]:
         return order[node]
 
     def last_read(node: fx.Node) -> int:
-        reads = [max(stored_at(user), last_read(user) if user.target in VIEWS | SELECTIONS else 0) for user in node.users]
+        reads = [
+            max(stored_at(user), last_read(user) if user.target in VIEWS | SELECTIONS else 0)
+            for user in node.users
+        ]
         return max(reads, default=order[node])
 
     computed = [

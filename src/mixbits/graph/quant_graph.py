@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, fx, nn
 
 from mixbits.core.profile import Profile, unknown_site
@@ -37,7 +36,11 @@ class QuantGraph:
         if "quantizers" not in self.module._modules:
             return {}
         modules = self.module.get_submodule("quantizers")
-        return {site: modules.get_submodule(_key(site)) for site in self._site_nodes if _key(site) in modules._modules}  # type: ignore[misc]
+        return {
+            site: modules.get_submodule(_key(site))
+            for site in self._site_nodes
+            if _key(site) in modules._modules
+        }  # type: ignore[misc]
 
     def node(self, site: str) -> fx.Node:
         """The graph node that computes (or holds) the tensor of a site."""

@@ -49,7 +49,12 @@ VIEWS = {
     aten.permute.default,
     aten.transpose.int,
 }
-POOLS = {aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.mean.dim, aten.adaptive_avg_pool1d.default}
+POOLS = {
+    aten.avg_pool2d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.mean.dim,
+    aten.adaptive_avg_pool1d.default,
+}
 MAX_POOLS = {aten.max_pool2d.default, aten.adaptive_max_pool2d.default, aten.max_pool2d_with_indices.default}
 SELECTIONS = {aten.slice.Tensor, aten.select.int, aten.expand.default}
 ELEMENTWISE = {
@@ -112,7 +117,7 @@ def is_zero_pad(node: fx.Node) -> bool:
     """Whether a node pads with zeros."""
     if node.target not in (aten.pad.default, aten.constant_pad_nd.default):
         return False
-    mode = node.args[2] if node.target is aten.pad.default and len(node.args) > 2 else "constant"  # noqa: PLR2004
+    mode = node.args[2] if node.target is aten.pad.default and len(node.args) > 2 else "constant"
     position = 3 if node.target is aten.pad.default else 2
     value = node.args[position] if len(node.args) > position else node.kwargs.get("value")
     return mode == "constant" and not value

@@ -14,11 +14,11 @@ class _StraightThrough(torch.autograd.Function):
     """Forward: ``value``; backward: the gradient goes to ``path`` unchanged."""
 
     @staticmethod
-    def forward(ctx: Any, path: Tensor, value: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, path: Tensor, value: Tensor) -> Tensor:
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 

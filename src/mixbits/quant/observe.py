@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixbits.core.grid import Grid, Uniform
+from mixbits.core.grid import Grid
 from mixbits.quant.functional import nearest_level
 from mixbits.quant.quantizer import SMALLEST_STEP, Frozen, Quantizer
 

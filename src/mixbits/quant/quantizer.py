@@ -68,7 +68,9 @@ class LearnedStep(Quantizer):
 
     def freeze(self) -> Frozen:
         """The grid and the step as they are."""
-        return Frozen(self.grid, self.step.detach().float().flatten() if self.step.dim() else self.step.detach().float())
+        return Frozen(
+            self.grid, self.step.detach().float().flatten() if self.step.dim() else self.step.detach().float()
+        )
 
     def project_(self) -> None:
         """Keep the step positive."""

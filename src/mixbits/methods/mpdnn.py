@@ -1,0 +1,376 @@
+"""MPDNN: quantizers parametrized by step size and dynamic range; the width follows and is penalized.
+
+Uhlich et al., "Mixed Precision DNNs: All you need is a good parametrization", ICLR 2020, arXiv 1905.11452.
+``d`` is the step, ``q_max`` (``q_min``) the largest (smallest) magnitude, ``b`` the width.
+
+Deviation: widths above 8 bits are not packable, so ``project_`` keeps ``q_max`` within 8 bits of ``d`` (the paper's
+networks have a few layers of 9 and 10 bits). Power-of-two grids keep ``q_max / q_min`` within the levels of one byte.
+Deviation: activation ranges start from observed values (option ``activation_start="paper"`` gives the paper's
+data-free start): the paper's is made for batch-normalized ReLUs and does not know signed tensors.
+Deviation: the network's input is quantized like any other site unless it is pinned; the paper leaves it in float.
+Deviation: the bias of a linear layer stays float32, in the epilogue; the paper quantizes and counts it (10 values).
+Deviation: after the widths are learned they are rounded to the candidates, and finetuning goes on with learned float
+steps (per output channel for weights) at fixed widths; the paper trains one phase with power-of-two steps to the end.
+Deviation: the paper keeps the iterate that is best on the test set; here the last one counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mixbits.core.budget import Budget
+from mixbits.core.cost import COSTS
+from mixbits.core.grid import MAX_BITS, Codebook, Grid, Uniform, level_count, uniform_range
+from mixbits.core.profile import Profile, Site
+from mixbits.graph.quant_graph import QuantGraph, put_
+from mixbits.quant.functional import ceil, round_half_away, straight_through
+from mixbits.quant.observe import mse_step
+from mixbits.quant.quantizer import Frozen, LearnedStep, Quantizer
+from mixbits.train.finetune import observe
+from mixbits.train.method import Learned, Method, Target, full_grid
+from mixbits.train.penalty import squared_excess
+from mixbits.train.steps import Loop, Schedule, steps
+from mixbits.train.task import Task
+
+Parametrization = Literal["u3", "u2", "u1", "p3", "p2", "p1"]
+
+MARGIN = 1e-5  # parameters stay this far inside their bounds, where a clip would stop their gradient
+LARGEST_RATIO_EXPONENT = 6  # power-of-two levels 1 .. 64 (and their negatives) are the widest that fit int8
+SQRT2 = 2.0**0.5
+
+
+def pow2(v: Tensor) -> Tensor:
+    """The power of two nearest to ``v > 0`` on the log scale; gradient ``pow2(v) / v``."""
+    return torch.exp2(round_half_away(torch.log2(v)))
+
+
+def clip(x: Tensor, low: Tensor | float, high: Tensor) -> Tensor:
+    """``x`` limited to ``low .. high``; at a bound and beyond, the gradient goes to the bound."""
+    low = torch.as_tensor(low, dtype=x.dtype, device=x.device)
+    return torch.where(x >= high, high, torch.where(x <= low, low, x))
+
+
+def uniform(x: Tensor, step: Tensor, q_max: Tensor, *, signed: bool) -> Tensor:
+    """Eq. (1): ``x`` limited to ``+-q_max`` (unsigned: ``0 .. q_max``) and rounded, half away from zero, to ``step``."""
+    return step * round_half_away(clip(x, -q_max if signed else 0.0, q_max) / step)
+
+
+def uniform_bits(step: Tensor, q_max: Tensor, *, signed: bool, least: int) -> Tensor:
+    """``ceil(log2(R + 1) + signed)`` with ``R = q_max / step`` rounded, section 4; not below ``least``."""
+    bits = ceil(torch.log2(round_half_away(q_max / step) + 1.0) + float(signed))
+    return torch.where(bits > least, bits, torch.full_like(bits, least))
+
+
+def power_of_two(x: Tensor, q_min: Tensor, q_max: Tensor, *, signed: bool) -> Tensor:
+    """Eq. (4): signed powers of two from ``q_min`` to ``q_max``, nearest on the log scale.
+
+    Signed tensors have no zero level (0 becomes ``+q_min``); unsigned ones do, below ``q_min / sqrt(2)``.
+    Gradients, eqs. (5) and (6) with the sign that eq. (6) omits: to ``x`` the factor ``pow2(|x|) / |x|`` between the two,
+    to ``q_min`` and ``q_max`` the sign of ``x`` below and above.
+    """
+    if not signed:
+        x = torch.relu(x)
+    size = x.abs()
+    sign = torch.where(x < 0, -1.0, 1.0).to(x.dtype)
+    middle = (size >= q_min) & (size < q_max)
+    safe = torch.where(middle, size, torch.ones_like(size))  # log2(0) would poison the gradient
+    low = size < q_min if signed else (size >= q_min / SQRT2) & (size < q_min)
+    zero = torch.zeros_like(size)
+    return sign * (
+        torch.where(middle, pow2(safe), zero)
+        + torch.where(low, q_min, zero)
+        + torch.where(size >= q_max, q_max, zero)
+    )
+
+
+def power_of_two_bits(q_min: Tensor, q_max: Tensor, *, least: int) -> Tensor:
+    """``ceil(log2(log2(q_max / q_min) + 1) + 1)``: one bit for the sign, or for zero."""
+    bits = ceil(torch.log2(round_half_away(torch.log2(q_max / q_min)) + 1.0) + 1.0)
+    return torch.where(bits > least, bits, torch.full_like(bits, least))
+
+
+def power_of_two_grid(bits: int, exponent: int, *, signed: bool) -> Codebook:
+    """Levels ``2**0 .. 2**exponent`` with their negatives, or with zero; thresholds at the geometric means."""
+    powers = [1 << k for k in range(exponent + 1)]
+    halfway = [SQRT2 * power for power in powers[:-1]]
+    if signed:
+        levels = [-p for p in reversed(powers)] + powers
+        edges = [-e for e in reversed(halfway)] + [0.0] + halfway
+    else:
+        levels, edges = [0, *powers], [1 / SQRT2, *halfway]
+    return Codebook(bits, tuple(levels), tuple(edges))
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Legal ranges of the parameters, from the authors' CIFAR-10 code."""
+
+    step: tuple[float, float] = (2.0**-8, 1.0)
+    q_max: tuple[float, float] = (2.0**-8, 255.0)
+    q_min: tuple[float, float] = (2.0**-16, 255.0)
+
+
+class LearnedWidth(Quantizer):
+    """A quantizer of two learned scalars per tensor, in one of six parametrizations.
+
+    ``u1``: (b, d); ``u2``: (b, q_max); ``u3``: (d, q_max), all uniform with a power-of-two step. ``p1``: (b, q_max);
+    ``p2``: (b, q_min); ``p3``: (q_min, q_max), powers of two. ``first`` and ``second`` are the parameters in that order.
+
+    Deviation: in ``u2`` the range is cut to ``(2**n - 1) * d`` where the rounded-up step would need more codes than the
+    width has. The scalars' bounds widen with the start where a tensor's values lie beyond the paper's.
+    """
+
+    def __init__(
+        self,
+        parametrization: Parametrization,
+        first: float,
+        second: float,
+        *,
+        signed: bool,
+        least_bits: int,
+        most_bits: int = MAX_BITS,
+        bounds: Bounds | None = None,
+    ) -> None:
+        """``least_bits`` .. ``most_bits``: widths that may be inferred."""
+        super().__init__()
+        self.parametrization, self.signed = parametrization, signed
+        self.least_bits, self.most_bits = least_bits, most_bits
+        limits, widths = bounds or Bounds(), (float(least_bits), float(most_bits))
+        named = {
+            "u1": (widths, limits.step),
+            "u2": (widths, limits.q_max),
+            "u3": (limits.step, limits.q_max),
+            "p1": (widths, limits.q_max),
+            "p2": (widths, limits.q_min),
+            "p3": (limits.q_min, limits.q_max),
+        }
+        lows_highs = named[parametrization]
+        self.bounds = tuple(
+            (min(low, value / 2), max(high, value * 2)) if (low, high) != widths else (low, high)
+            for (low, high), value in zip(lows_highs, (first, second), strict=True)
+        )
+        self.first = nn.Parameter(torch.tensor(float(first)))
+        self.second = nn.Parameter(torch.tensor(float(second)))
+        self.project_()
+
+    def ranges(self) -> tuple[Tensor, Tensor]:
+        """``(d, q_max)`` of a uniform, ``(q_min, q_max)`` of a power-of-two quantizer, differentiable."""
+        first = torch.clamp(self.first, *self.bounds[0])
+        second = torch.clamp(self.second, *self.bounds[1])
+        if self.parametrization == "u3":
+            return pow2(first), second
+        if self.parametrization == "p3":
+            return pow2(first), pow2(second)
+        # The width parameter counts magnitude bits once the sign (or zero) has taken one.
+        magnitude = round_half_away(first) - float(self.signed or self.parametrization.startswith("p"))
+        if self.parametrization == "u1":
+            step = pow2(second)
+            return step, step * (torch.exp2(magnitude) - 1.0)
+        if self.parametrization == "u2":
+            step = pow2(second / (torch.exp2(magnitude) - 1.0))
+            whole = step * (torch.exp2(magnitude) - 1.0)
+            return step, torch.where(second > whole, straight_through(second, whole), second)
+        exponent = torch.exp2(magnitude) - 1.0
+        if self.parametrization == "p1":
+            return pow2(second) * torch.exp2(-exponent), pow2(second)
+        return pow2(second), pow2(second) * torch.exp2(exponent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The quantized tensor; in bfloat16 training the rounding is still done in float32."""
+        if x.dtype in (torch.bfloat16, torch.float16):
+            x = x.float()
+        low, high = (value.to(x.dtype) for value in self.ranges())
+        if self.parametrization.startswith("u"):
+            return uniform(x, low, high, signed=self.signed)
+        return power_of_two(x, low, high, signed=self.signed)
+
+    def bits(self) -> Tensor:
+        """The inferred width (section 4); for ``u1``, ``u2``, ``p1``, ``p2`` the rounded width parameter."""
+        if self.parametrization in ("u3", "p3"):
+            low, high = self.ranges()
+            if self.parametrization == "u3":
+                return uniform_bits(low, high, signed=self.signed, least=self.least_bits)
+            return power_of_two_bits(low, high, least=self.least_bits)
+        return round_half_away(torch.clamp(self.first, *self.bounds[0]))
+
+    def freeze(self) -> Frozen:
+        """The grid of the inferred width; levels beyond ``q_max`` are not in it."""
+        low, high = (value.detach().double() for value in self.ranges())
+        bits = int(self.bits().item())
+        if self.parametrization.startswith("u"):
+            level_max = max(int(round_half_away(high / low).item()), 1)
+            return Frozen(uniform_range(bits, level_max, signed=self.signed), low.float())
+        exponent = round(torch.log2(high / low).item())
+        return Frozen(power_of_two_grid(bits, exponent, signed=self.signed), low.float())
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Keep both parameters inside their bounds, ``d <= q_max`` by swapping, and the width packable."""
+        if self.parametrization in ("u3", "p3") and self.first > self.second:
+            first, second = self.first.clone(), self.second.clone()
+            self.first.copy_(torch.minimum(first, second - MARGIN))
+            self.second.copy_(torch.maximum(first + MARGIN, second))
+        for value, (low, high) in zip((self.first, self.second), self.bounds, strict=True):
+            margin = min(MARGIN, (high - low) / 4)
+            value.clamp_(low + margin, high - margin)
+        if self.parametrization == "u3":
+            magnitudes = level_count(self.most_bits - self.signed) - 1
+            self.second.clamp_(
+                max=float(pow2(self.first)) * (magnitudes + 0.49)
+            )  # rounds to `magnitudes` at most
+        if self.parametrization == "p3":
+            exponent = min(LARGEST_RATIO_EXPONENT, level_count(self.most_bits - 1) - 1)
+            self.first.clamp_(min=float(pow2(self.second)) * 2.0**-exponent)
+
+    @torch.no_grad()
+    def limit_gradients_(self, weight_decay: float) -> None:
+        """Add weight decay, then keep both gradients within ``+-first`` (the step, or ``q_min``), as the authors' code."""
+        for value in (self.first, self.second):
+            if value.grad is not None:
+                value.grad.add_(value, alpha=weight_decay)
+                if self.parametrization in ("u3", "p3"):
+                    bound = float(self.first)
+                    value.grad.clamp_(-bound, bound)
+
+
+def start_from_peak(peak: float, bits: int) -> tuple[float, float]:
+    """The paper's ``(d, q_max)`` for weights of largest magnitude ``peak``.
+
+    >>> start_from_peak(0.3, 4), start_from_peak(0.3, 5)
+    ((0.03125, 0.21875), (0.03125, 0.46875))
+    """
+    magnitudes = level_count(bits - 1) - 1
+    exponent = torch.log2(torch.tensor((peak + torch.finfo(torch.float32).eps) / magnitudes))
+    floor_up_to = 4  # bits; wider starts round the step up
+    step = 2.0 ** float(torch.floor(exponent) if bits <= floor_up_to else torch.ceil(exponent))
+    return step, step * magnitudes
+
+
+def as_parameters(
+    parametrization: Parametrization, step: float, q_max: float, bits: int
+) -> tuple[float, float]:
+    """``(first, second)`` of a parametrization from a step, a range and the width they mean."""
+    top = 2.0 ** round(float(torch.log2(torch.tensor(q_max))))
+    bottom = top * 2.0 ** -min(level_count(bits - 1) - 1, LARGEST_RATIO_EXPONENT)
+    return {
+        "u1": (float(bits), step),
+        "u2": (float(bits), q_max),
+        "u3": (step, q_max),
+        "p1": (float(bits), top),
+        "p2": (float(bits), bottom),
+        "p3": (bottom, top),
+    }[parametrization]
+
+
+@dataclass(frozen=True)
+class MPDNN(Method):
+    """Options of MPDNN; defaults are the paper's where it states them."""
+
+    epochs: int = 4  # of learning widths; the paper trains 160 in one phase
+    lr: float = 0.01  # initial learning rate of weights, steps and ranges
+    momentum: float = 0.9
+    weight_decay: float = 2e-4  # on everything, steps and ranges included
+    schedule: Schedule = "cosine"  # "thirds" is the paper's
+    parametrization: Parametrization = (
+        "u3"  # u1 (b, d), u2 (b, q_max), u3 (d, q_max), p1, p2, p3 powers of two
+    )
+    strength: float = 0.1  # lambda, per (KiB above the limit)^2 on the paper's ResNet-20
+    weight_start: int = 4  # bits that weights start with
+    activation_start_bits: int = 4  # bits that activations start with
+    activation_start: Literal["observed", "paper"] = "observed"  # paper: d = 1/8 whatever the data
+
+    paper: ClassVar[str] = "step size and dynamic range learned: MPDNN, Uhlich et al. 2020, arXiv 1905.11452"
+
+    def learn(self, graph: QuantGraph, task: Task, target: Target, loop: Loop) -> Learned:
+        """Train network and quantizers together under the limits as penalties, eq. (10)."""
+        profile = graph.profile
+        self._place_(graph, task, target, loop)
+        learning = {site: q for site, q in graph.quantizers.items() if isinstance(q, LearnedWidth)}
+        graph.module.to(loop.device)
+        optimizer = torch.optim.SGD(
+            [
+                {"params": graph.network_parameters(), "weight_decay": self.weight_decay},
+                {"params": [p for q in graph.quantizers.values() for p in q.parameters()]},
+            ],
+            lr=self.lr,
+            momentum=self.momentum,
+        )
+
+        def widths() -> dict[str, Any]:
+            fixed = {site: q.grid.bits for site, q in graph.quantizers.items() if isinstance(q, LearnedStep)}
+            return {**fixed, **{site: quantizer.bits() for site, quantizer in learning.items()}}
+
+        def limit_gradients() -> None:
+            for quantizer in learning.values():
+                quantizer.limit_gradients_(self.weight_decay)
+
+        for _ in steps(
+            graph,
+            task,
+            optimizer,
+            loop,
+            epochs=self.epochs,
+            schedule=self.schedule,
+            penalty=lambda: squared_excess(profile, widths(), target.budget, strength=self.strength),
+            before_update=limit_gradients,
+            measure=lambda: used(profile, target.budget, {s: int(float(b)) for s, b in widths().items()}),
+        ):
+            pass
+        frozen = {site: quantizer.freeze() for site, quantizer in graph.quantizers.items()}
+        bits = {site: float(width) for site, width in widths().items()}
+        return Learned(graph, bits, self._grid, frozen)
+
+    def _grid(self, site: Site, bits: int) -> Grid:
+        if self.parametrization.startswith("u") or bits == 1:
+            return full_grid(site, bits)
+        exponent = min(level_count(bits - 1) - 1, LARGEST_RATIO_EXPONENT)
+        return power_of_two_grid(bits, exponent, signed=site.signed)
+
+    def _place_(self, graph: QuantGraph, task: Task, target: Target, loop: Loop) -> None:
+        """A :class:`LearnedWidth` on every site, a :class:`LearnedStep` where a pin leaves one width."""
+        allowed = target.choices(graph.profile).widths
+        activations = [site.name for site in graph.profile.activations]
+        observed = observe(graph, activations, task.train, loop.device)
+        placed: dict[str, Quantizer] = {}
+        for site in graph.profile.sites:
+            widths, weight = allowed[site.name], site.kind == "weight"
+            values = (graph.weight(site.name).detach() if weight else observed[site.name]).reshape(1, -1)
+            if len(widths) == 1:
+                grid = full_grid(site, widths[0])
+                placed[site.name] = LearnedStep(grid, mse_step(values, grid)[0], shared_by=values.numel())
+                continue
+            bits = min(
+                max(self.weight_start if weight else self.activation_start_bits, widths[0]), widths[-1]
+            )
+            step, q_max = self._start(values, bits, weight=weight, signed=site.signed)
+            placed[site.name] = LearnedWidth(
+                self.parametrization,
+                *as_parameters(self.parametrization, step, q_max, bits),
+                signed=site.signed,
+                least_bits=max(widths[0], 2 if site.signed else 1),
+                most_bits=widths[-1],
+            )
+        put_(graph, placed)
+
+    def _start(self, values: Tensor, bits: int, *, weight: bool, signed: bool) -> tuple[float, float]:
+        magnitudes = level_count(bits - signed) - 1
+        if weight:
+            return start_from_peak(float(values.abs().max()), bits)
+        if self.activation_start == "paper":
+            return 0.125, 0.125 * magnitudes
+        step = float(pow2(mse_step(values, Uniform(bits, signed, "narrow" if signed else "full"))[0]))
+        return step, step * magnitudes
+
+
+def used(profile: Profile, budget: Budget, bits: Mapping[str, int]) -> dict[str, Any]:
+    """Average widths and the used fraction of every limit, for the record of a run."""
+    return {
+        "avg_weight_bits": COSTS["weight_bits"].of(profile, bits),
+        "avg_act_bits": COSTS["act_bits"].of(profile, bits),
+        "used": {limit.cost: limit.used(profile, bits) / limit.asked for limit in budget.limits},
+    }

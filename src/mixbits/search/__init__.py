@@ -1,0 +1,1 @@
+"""Solvers over tables of widths and costs, without torch."""

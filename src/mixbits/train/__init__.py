@@ -1,0 +1,1 @@
+"""Training: tasks, the one loop, the interface of methods, finetuning at fixed widths."""

@@ -1,0 +1,168 @@
+"""Finetuning: train a network at the fixed widths of a policy, steps included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mixbits.core.policy import Policy
+from mixbits.graph.quant_graph import QuantGraph, put_
+from mixbits.quant.observe import Recorder, mse_step
+from mixbits.quant.quantizer import Frozen, LearnedStep, Quantizer
+from mixbits.train.steps import Loop, Schedule, steps
+from mixbits.train.task import Batches, Task
+
+OBSERVED_BATCHES = 8  # batches read to choose activation steps
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Options of finetuning; the optimizer is SGD with momentum."""
+
+    epochs: int = 6  # passes over the training data
+    lr: float = 0.01  # initial learning rate of weights and steps
+    momentum: float = 0.9
+    weight_decay: float = 1e-4  # on weights; steps are not decayed
+    schedule: Schedule = "cosine"
+    distill: float = 0.0  # 0..1: share of the loss that imitates the float network
+    temperature: float = 4.0  # of the distillation's softmax
+    norm_batches: int = (
+        50  # training batches that re-estimate batch-norm statistics at the end; 0 keeps the running ones
+    )
+
+
+def finetune(
+    graph: QuantGraph,
+    policy: Policy,
+    task: Task,
+    options: Finetune,
+    loop: Loop,
+    *,
+    start: Mapping[str, Frozen] | None = None,
+    teacher: QuantGraph | None = None,
+) -> QuantGraph:
+    """A copy of ``graph`` trained with every site on its grid of ``policy``, in eval mode.
+
+    Weight steps are per output channel, chosen by squared error; activation steps are ``start``'s where it has them, else
+    chosen by squared error on training batches. ``teacher`` is the float network for distillation.
+
+    Raises ``ValueError`` if the policy does not fit the network, or if distillation lacks its teacher.
+    """
+    policy.check(graph.profile)
+    if options.distill and teacher is None:
+        raise ValueError("distillation needs the float network: pass teacher=")
+    student = place_policy(graph, policy, task.train, start=start, device=loop.device)
+    optimizer = torch.optim.SGD(
+        parameter_groups(student, options.weight_decay), lr=options.lr, momentum=options.momentum
+    )
+    loss = _distilling(task, teacher, options, loop) if options.distill and teacher is not None else None
+    for _ in steps(
+        student, task, optimizer, loop, epochs=options.epochs, schedule=options.schedule, loss=loss
+    ):
+        pass
+    if options.norm_batches and options.epochs:
+        reestimate_batch_norm_(student, task.train, options.norm_batches, loop.device)
+    student.module.eval()
+    return student
+
+
+def parameter_groups(graph: QuantGraph, weight_decay: float) -> list[dict[str, object]]:
+    """Optimizer groups: the network's parameters with weight decay, the quantizers' without."""
+    quantizers = [p for q in graph.quantizers.values() for p in q.parameters()]
+    return [
+        {"params": graph.network_parameters(), "weight_decay": weight_decay},
+        {"params": quantizers, "weight_decay": 0.0},
+    ]
+
+
+def place_policy(
+    graph: QuantGraph,
+    policy: Policy,
+    calibration: Batches,
+    *,
+    start: Mapping[str, Frozen] | None = None,
+    device: torch.device | None = None,
+) -> QuantGraph:
+    """A copy of ``graph`` with a :class:`LearnedStep` on every site, at good steps (see :func:`finetune`)."""
+    device = device or torch.device("cpu")
+    student, start = graph.copy(), start or {}
+    student.module.to(device)
+    activations = [site for site in graph.profile.activations if site.name not in start]
+    observed = observe(student, [site.name for site in activations], calibration, device)
+    placed: dict[str, Quantizer] = {}
+    for site in graph.profile.sites:
+        grid = policy.grids[site.name]
+        if site.kind == "weight":
+            weight = student.weight(site.name).detach()
+            step = mse_step(weight.flatten(1), grid).reshape(-1, *[1] * (weight.dim() - 1))
+            shared = weight[0].numel()
+        elif site.name in start:
+            step, shared = rescaled_step(start[site.name], policy.grids[site.name].level_max), site.elements
+        else:
+            step, shared = mse_step(observed[site.name][None], grid)[0], site.elements
+        placed[site.name] = LearnedStep(grid, step, shared_by=shared).to(device)
+    put_(student, placed)
+    return student
+
+
+def rescaled_step(frozen: Frozen, level_max: int) -> Tensor:
+    """A learned step carried to another number of levels: the range stays if levels are fewer, the step if they are more."""
+    return frozen.step * max(frozen.grid.level_max / max(level_max, 1), 1.0)
+
+
+def observe(graph: QuantGraph, sites: list[str], batches: Batches, device: torch.device) -> dict[str, Tensor]:
+    """A sample of the values at activation sites, over the first training batches; the graph is not changed."""
+    if not sites:
+        return {}
+    watched = graph.copy()
+    recorders = {site: Recorder(OBSERVED_BATCHES) for site in sites}
+    put_(watched, recorders)
+    watched.module.eval().to(device)
+    with torch.no_grad():
+        for inputs, _ in islice(batches.epoch(0), OBSERVED_BATCHES):
+            watched(inputs.to(device))
+    return {site: recorder.values() for site, recorder in recorders.items()}
+
+
+def reestimate_batch_norm_(graph: QuantGraph, batches: Batches, count: int, device: torch.device) -> None:
+    """Replace running statistics of batch norms by averages over ``count`` training batches at fixed weights."""
+    norms = [m for m in graph.module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    graph.module.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+        norm.train()
+    with torch.no_grad():
+        for inputs, _ in islice(batches.epoch(0), count):
+            graph(inputs.to(device))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+def _distilling(
+    task: Task, teacher: QuantGraph, options: Finetune, loop: Loop
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """``(1 - a) * loss + a * T**2 * KL(teacher || student)`` (Hinton et al. 2015, arXiv 1503.02531)."""
+    network: nn.Module = teacher.module.to(loop.device).eval()
+    share, temperature = options.distill, options.temperature
+
+    def loss(inputs: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(loop.device.type, torch.bfloat16, enabled=loop.bf16):
+            wanted = network(inputs).float()
+        imitation = F.kl_div(
+            F.log_softmax(outputs / temperature, -1),
+            F.log_softmax(wanted / temperature, -1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        return (1.0 - share) * task.loss(outputs, targets) + share * temperature**2 * imitation
+
+    return loss

@@ -1,0 +1,91 @@
+"""Method: the interface of everything that learns widths, and what is promised for all of them."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from mixbits.core.budget import Budget
+from mixbits.core.grid import Grid, Uniform
+from mixbits.core.policy import Policy
+from mixbits.core.profile import Profile, Site
+from mixbits.graph.quant_graph import QuantGraph
+from mixbits.quant.quantizer import Frozen
+from mixbits.search.greedy import Choices, check_feasible, choices, fit
+from mixbits.train.steps import Loop
+from mixbits.train.task import Task
+
+ROUNDING_SLACK = 1e-6  # a learned width of 3.0000001 bits, a rounding error, is 3 bits
+
+
+@dataclass(frozen=True)
+class Target:
+    """What must come out: limits, allowed widths, sites that share a width, sites whose width is given."""
+
+    budget: Budget
+    weight_bits: Sequence[int] = (2, 3, 4, 5, 6, 7, 8)
+    activation_bits: Sequence[int] = (2, 3, 4, 5, 6, 7, 8)
+    ties: Sequence[Sequence[str]] = ()
+    pins: Mapping[str, int] = field(default_factory=dict)
+
+    def choices(self, profile: Profile) -> Choices:
+        """Allowed widths of every site; raises ``ValueError`` for unknown sites or if the budget is out of reach."""
+        for bits in (*self.weight_bits, *self.activation_bits, *self.pins.values()):
+            Uniform(bits, signed=False)  # raises for a width that does not exist
+        allowed = choices(profile, self.weight_bits, self.activation_bits, ties=self.ties, pins=self.pins)
+        check_feasible(profile, self.budget, allowed)
+        return allowed
+
+
+def full_grid(site: Site, bits: int) -> Grid:
+    """The uniform grid that uses all codes; one bit of a signed tensor is -1/+1."""
+    return Uniform(bits, site.signed, "bipolar" if site.signed and bits == 1 else "full")
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a method returns: widths as it learned them, and the network it learned them with.
+
+    ``bits`` may be fractional or beyond the candidates: ``learn`` rounds up and repairs. ``grid_of(site, bits)`` is the
+    kind of grid the method wants at the final width. ``frozen`` are its learned steps, a start for
+    finetuning.
+    """
+
+    graph: QuantGraph
+    bits: Mapping[str, float]
+    grid_of: Callable[[Site, int], Grid] = full_grid
+    frozen: Mapping[str, Frozen] = field(default_factory=dict)
+    fill: bool = True  # spend what is left of the budget on wider sites
+
+
+class Method(ABC):
+    """A way to learn widths. Concrete methods are dataclasses, a file each; their fields are their options."""
+
+    paper: ClassVar[str]  # one line for `mixbits methods`
+    epochs: int  # of training that `learn` uses; the rest of a run's epochs finetunes
+
+    @abstractmethod
+    def learn(self, graph: QuantGraph, task: Task, target: Target, loop: Loop) -> Learned:
+        """Learn widths on ``graph``, which the method may change; it is a copy."""
+
+
+def learn(
+    method: Method, graph: QuantGraph, task: Task, target: Target, loop: Loop
+) -> tuple[Policy, Learned]:
+    """Run a method and turn what it learned into a policy that covers every site and fits the budget exactly.
+
+    Raises ``InfeasibleError`` before any training if no choice of candidates can fit.
+    """
+    allowed = target.choices(graph.profile)
+    learned = method.learn(graph.copy(), task, target, loop)
+    missing = [site.name for site in graph.profile.sites if site.name not in learned.bits]
+    if missing:
+        raise ValueError(f"the method {type(method).__name__} gave no width to {', '.join(missing[:3])}")
+    wished = {site: math.ceil(bits - ROUNDING_SLACK) for site, bits in learned.bits.items()}
+    bits = fit(graph.profile, wished, target.budget, allowed, fill=learned.fill)
+    policy = Policy({site.name: learned.grid_of(site, bits[site.name]) for site in graph.profile.sites})
+    policy.check(graph.profile)
+    return policy, learned

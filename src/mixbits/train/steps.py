@@ -1,0 +1,181 @@
+"""The one training loop, an iterator: the body of ``for step in steps(...)`` runs after each update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mixbits.graph.quant_graph import QuantGraph
+from mixbits.quant.quantizer import Quantizer
+from mixbits.train.checkpoint import Checkpoint
+from mixbits.train.task import Task, evaluate
+
+Schedule = Literal["cosine", "thirds", "constant"]
+Watch = Callable[[Mapping[str, Any]], None]
+
+
+class DivergedError(ValueError):
+    """The loss is no longer a number."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How loops run here: the machine, speed options, where to save and whom to tell. Not part of any method."""
+
+    stage: str = "train"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    compile: bool = False  # torch.compile the training step
+    bf16: bool = False  # autocast matrix products to bfloat16; rounding stays in float32
+    checkpoint: Checkpoint | None = None
+    watch: Watch = field(default=lambda row: None)
+
+    def named(self, stage: str) -> Loop:
+        """The same loop for another stage, without its checkpoint."""
+        return Loop(stage, self.device, self.compile, self.bf16, None, self.watch)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the loop stands after one update."""
+
+    epoch: int
+    index: int  # batch within the epoch
+    progress: float  # 0 .. 1 over all epochs
+    loss: float
+    ends_epoch: bool
+
+
+def learning_rate_factor(schedule: Schedule, progress: float) -> float:
+    """Factor on the initial learning rate.
+
+    ``thirds`` is the paper's 80/40/40 of 160 epochs: x1, x0.1 from the half, x0.01 from three quarters.
+
+    >>> learning_rate_factor("cosine", 0.5), learning_rate_factor("thirds", 0.6)
+    (0.5, 0.1)
+    """
+    if schedule == "constant":
+        return 1.0
+    if schedule == "thirds":
+        half, three_quarters = 0.5, 0.75
+        return 1.0 if progress < half else 0.1 if progress < three_quarters else 0.01
+    return round(0.5 * (1.0 + math.cos(math.pi * progress)), 12)
+
+
+def steps(
+    graph: QuantGraph,
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    loop: Loop,
+    *,
+    epochs: int,
+    schedule: Schedule = "cosine",
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    penalty: Callable[[], Tensor] | None = None,
+    before_update: Callable[[], None] | None = None,
+    measure: Callable[[], Mapping[str, Any]] = dict,
+) -> Iterator[Step]:
+    """Train ``graph`` in place for ``epochs``, yielding after every update with the gradients still readable.
+
+    ``loss(inputs, outputs, targets)`` replaces the task's loss, ``penalty()`` is added to it, ``before_update()`` runs
+    between backward and update (to limit gradients), ``measure()`` adds fields to the rows given to ``loop.watch``.
+    Resumes from ``loop.checkpoint`` if it holds a state. Raises ``DivergedError`` when the loss is not finite, and
+    ``KeyboardInterrupt`` after saving when the checkpoint's ``stop`` is set.
+    """
+    module, checkpoint, batches = graph.module.to(loop.device), loop.checkpoint, len(task.train)
+    quantizers = [m for m in module.modules() if isinstance(m, Quantizer)]
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    epoch, first, totals, resumed_rng = _resume_(graph, optimizer, loop)
+    forward = torch.compile(module, dynamic=False) if loop.compile else module
+    for number in range(epoch, epochs):
+        module.train()
+        for index, (inputs, targets) in enumerate(task.train.epoch(number, first, resumed_rng), first):
+            done = number * batches + index
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * learning_rate_factor(schedule, done / (epochs * batches))
+            inputs, targets = inputs.to(loop.device), targets.to(loop.device)  # noqa: PLW2901
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(loop.device.type, torch.bfloat16, enabled=loop.bf16):
+                outputs = forward(inputs).float()
+            value = task.loss(outputs, targets) if loss is None else loss(inputs, outputs, targets)
+            total = value if penalty is None else value + penalty()
+            total.backward()
+            if not math.isfinite(value.item()) or not math.isfinite(total.item()):
+                raise DivergedError(_diverged(loop, number, index))
+            if before_update is not None:
+                before_update()
+            optimizer.step()
+            for quantizer in quantizers:
+                quantizer.project_()
+            totals["loss"] += value.item() * len(inputs)
+            totals["score"] += float(task.metric(outputs.detach(), targets))
+            totals["count"] += len(inputs)
+            ends = index == batches - 1
+            yield Step(number, index, (done + 1) / (epochs * batches), value.item(), ends)
+            row = {
+                "stage": loop.stage,
+                "step": done + 1,
+                "steps": epochs * batches,
+                "epoch": round((done + 1) / batches, 4),
+                "loss": totals["loss"] / totals["count"],
+                "train_top1": 100.0 * totals["score"] / totals["count"],
+                "lr": optimizer.param_groups[0]["lr"],
+                "ends_epoch": ends,
+                **(measure() if ends or index % 10 == 0 else {}),
+            }
+            if ends:
+                module.eval()
+                row["held_out_top1"] = evaluate(module, task, task.held_out, loop.device)["top1"]
+                module.train()
+                totals.update(loss=0.0, score=0.0, count=0)
+            stopping = checkpoint is not None and checkpoint.stop.is_set()
+            if checkpoint is not None and (ends or stopping or checkpoint.due()):
+                position = (number + 1, 0) if ends else (number, index + 1)
+                checkpoint.save(_state(graph, optimizer, position, totals))
+            loop.watch(row)
+            if stopping:
+                raise KeyboardInterrupt
+        first, resumed_rng = 0, None
+    module.eval()
+
+
+def _state(
+    graph: QuantGraph, optimizer: torch.optim.Optimizer, position: tuple[int, int], totals: dict[str, Any]
+) -> dict[str, Any]:
+    epoch, first = position
+    return {
+        "module": graph.module.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "epoch": epoch,
+        "first": first,
+        "totals": dict(totals),
+        "rng": torch.get_rng_state(),
+    }
+
+
+def _resume_(
+    graph: QuantGraph, optimizer: torch.optim.Optimizer, loop: Loop
+) -> tuple[int, int, dict[str, Any], Tensor | None]:
+    """Epoch, first batch, running sums and random state to go on with; from the start if there is no checkpoint."""
+    state, note = loop.checkpoint.load() if loop.checkpoint else (None, "")
+    if note:
+        loop.watch({"stage": loop.stage, "note": note})
+    if state is None:
+        return 0, 0, {"loss": 0.0, "score": 0.0, "count": 0}, None
+    graph.module.load_state_dict(state["module"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    return state["epoch"], state["first"], state["totals"], state["rng"]
+
+
+def _diverged(loop: Loop, epoch: int, index: int) -> str:
+    kept = f" The last good state is kept in {loop.checkpoint.path}." if loop.checkpoint else ""
+    return (
+        f"{loop.stage}: the loss became infinite or not a number in epoch {epoch + 1}, batch {index + 1}. "
+        f"Lower the learning rate (for example --{loop.stage}.lr) or use more bits.{kept}"
+    )

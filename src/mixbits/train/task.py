@@ -1,0 +1,183 @@
+"""Task: what the user supplies to train and to judge a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from mixbits.data.dataset import ArraySamples, Dataset, Samples, split_held_out
+
+
+class Batches(Protocol):
+    """Batches ``(inputs float [n, ...], targets)`` that come again in the same order for the same epoch number."""
+
+    def __len__(self) -> int:
+        """Batches of one epoch."""
+        ...
+
+    def epoch(
+        self, number: int, first: int = 0, rng: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from position ``first`` on.
+
+        ``rng`` is torch's random state just before batch ``first`` is read, when a run is resumed there.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class SampleBatches:
+    """Batches of a data set in memory; order and augmentation depend on seed, epoch and position only."""
+
+    samples: Samples
+    batch_size: int
+    training: bool  # shuffle, augment, drop a last short batch
+    seed: int = 0
+
+    def __len__(self) -> int:
+        """Batches of one epoch, at least one."""
+        whole, rest = divmod(len(self.samples), self.batch_size)
+        return max(whole if self.training else whole + bool(rest), 1)
+
+    def epoch(
+        self, number: int, first: int = 0, rng: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from position ``first`` on; torch's random state plays no part."""
+        count = len(self.samples)
+        order = (
+            np.random.default_rng([self.seed, number]).permutation(count)
+            if self.training
+            else np.arange(count)
+        )
+        for position in range(first, len(self)):
+            chosen = order[position * self.batch_size : (position + 1) * self.batch_size]
+            draw = np.random.default_rng([self.seed, number, position]) if self.training else None
+            inputs, targets = self.samples.take(chosen, draw)
+            yield torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
+@dataclass(frozen=True)
+class LoaderBatches:
+    """Batches of the user's ``DataLoader``.
+
+    Its shuffling is made repeatable by seeding torch before each epoch; a loader with a generator of its own cannot be
+    resumed in the middle of a run bit for bit.
+    """
+
+    loader: DataLoader[Any]
+    seed: int = 0
+
+    def __len__(self) -> int:
+        """Batches of one epoch."""
+        return len(self.loader)
+
+    def epoch(
+        self, number: int, first: int = 0, rng: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from position ``first`` on; earlier ones are read and passed over."""
+        torch.manual_seed(self.seed * 1_000_003 + number)
+        for position, batch in enumerate(self.loader):
+            if position >= first:
+                inputs, targets = batch
+                yield inputs, targets
+            elif position == first - 1 and rng is not None:
+                torch.set_rng_state(rng)
+
+
+def count_correct(outputs: Tensor, targets: Tensor) -> Tensor:
+    """How many samples have their class at the largest output: the sum behind top-1 accuracy."""
+    return (outputs.argmax(-1) == targets).sum()
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data, loss and metric. ``held_out`` is never the test set: it is a part of the training data."""
+
+    train: Batches
+    held_out: Batches
+    test: Batches
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    metric: Callable[[Tensor, Tensor], Tensor] = field(
+        default=count_correct
+    )  # summed over a batch; 100 is perfect
+
+
+def task_of(dataset: Dataset, *, batch_size: int = 128, held_out: float = 0.1, seed: int = 0) -> Task:
+    """The task of a data set; ``held_out`` is the fraction of the training set that decides and is not trained on."""
+    train, kept = split_held_out(dataset.train, held_out, seed)
+    return Task(
+        SampleBatches(train, batch_size, training=True, seed=seed),
+        SampleBatches(kept, 2 * batch_size, training=False),
+        SampleBatches(dataset.test, 2 * batch_size, training=False),
+    )
+
+
+Source = Samples | DataLoader[Any] | tuple[Any, Any]
+
+
+def make_task(
+    train: Source,
+    test: Source,
+    held_out: Source | None = None,
+    *,
+    batch_size: int = 128,
+    seed: int = 0,
+    **options: Any,
+) -> Task:
+    """A task from ``DataLoader``s or from ``(inputs, targets)`` arrays, float ``[n, ...]`` and integers ``[n]``.
+
+    Without ``held_out`` a tenth of the training arrays is kept; a ``DataLoader`` cannot be split, so then it must be given.
+    ``options`` are the ``loss`` and ``metric`` of :class:`Task`.
+
+    >>> task = make_task((np.zeros((40, 1, 4, 4), np.float32), np.arange(40) % 4), (np.zeros((4, 1, 4, 4), np.float32), np.arange(4)))
+    >>> next(task.train.epoch(0))[0].shape
+    torch.Size([36, 1, 4, 4])
+    """
+    if held_out is None:
+        if isinstance(train, DataLoader):
+            raise ValueError(
+                "a DataLoader cannot be split: pass held_out= too, a part of the training data kept aside"
+            )
+        train, held_out = split_held_out(_samples(train), 0.1, seed)
+
+    def batches(source: Source, *, training: bool) -> Batches:
+        if isinstance(source, DataLoader):
+            return LoaderBatches(source, seed)
+        size = batch_size if training else 2 * batch_size
+        return SampleBatches(_samples(source), size, training=training, seed=seed)
+
+    return Task(
+        batches(train, training=True),
+        batches(held_out, training=False),
+        batches(test, training=False),
+        **options,
+    )
+
+
+def _samples(source: Source) -> Samples:
+    if isinstance(source, tuple):
+        inputs, targets = (np.asarray(part) for part in source)
+        channels = inputs.shape[1]
+        return ArraySamples(inputs, targets, mean=(0.0,) * channels, std=(1.0,) * channels)
+    return source  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def evaluate(
+    network: Callable[[Tensor], Tensor], task: Task, batches: Batches, device: torch.device
+) -> dict[str, float]:
+    """Mean loss and metric (percent) of a network in eval mode: ``{"loss": ..., "top1": ...}``."""
+    loss, score, count = 0.0, 0.0, 0
+    for inputs, targets in batches.epoch(0):
+        outputs, wanted = network(inputs.to(device)), targets.to(device)
+        loss += float(task.loss(outputs, wanted)) * len(inputs)
+        score += float(task.metric(outputs, wanted))
+        count += len(inputs)
+    return {"loss": loss / count, "top1": 100.0 * score / count}
