@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import linecache
 import logging
 import sys
@@ -10,13 +11,16 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx, nn, overrides
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
 
 # Modules that behave differently in training: kept as modules, everything else becomes aten operations.
 MODAL = (_BatchNorm, _DropoutNd)
@@ -39,9 +43,10 @@ def capture_module(model: nn.Module, example: Tensor) -> fx.GraphModule:
     if example.shape[0] < 2:
         example = torch.cat([example, example])
     module = _export(model, example)
-    _refuse_frozen_functional(module, model)
+    _refuse_frozen_functional(module, model, example)
     _lift_modal_(module, model)
     _drop_identities_(module.graph)
+    _reshape_views_(module.graph)
     module.graph.eliminate_dead_code()
     _plain_signature_(module.graph)
     captured = fx.GraphModule(module, module.graph)
@@ -57,7 +62,7 @@ def _quiet() -> Iterator[None]:
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -105,7 +110,7 @@ def _owner(node: fx.Node) -> str:
     return "" if path.startswith("_empty_nn_module_stack") else path
 
 
-def _refuse_frozen_functional(module: fx.GraphModule, model: nn.Module) -> None:
+def _refuse_frozen_functional(module: fx.GraphModule, model: nn.Module, example: Tensor) -> None:
     """Functional batch norm would stay frozen and functional dropout would be lost: say so, name the remedy."""
     modal = {name for name, child in model.named_modules() if isinstance(child, MODAL)}
     for node in module.graph.nodes:
@@ -115,25 +120,30 @@ def _refuse_frozen_functional(module: fx.GraphModule, model: nn.Module) -> None:
                 f"{_owner(node) or 'the network'}: functional batch_norm cannot follow train() and eval(); "
                 "use an nn.BatchNorm2d module"
             )
-    for path, child in model.named_modules():
-        if isinstance(child, MODAL):
-            continue
-        source = _forward_source(child)
-        if "dropout(" in source.replace(" ", "") and "F.dropout(" in source.replace(" ", ""):
-            raise CaptureError(
-                f"{path or 'the network'}: functional dropout is lost when a network is captured; use an nn.Dropout module"
-            )
+    # A training pass of a copy finds calls under `if self.training` too. Other failures are not capture's.
+    training, calls = copy.deepcopy(model).train(), _DropoutCalls()
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), suppress(Exception), calls:
+        training(example)
+    if calls.places:
+        raise CaptureError(
+            "functional dropout is lost when a network is captured; use an nn.Dropout module" + calls.places[0]
+        )
 
 
-def _forward_source(module: nn.Module) -> str:
-    """Source of the class's forward, '' where it cannot be read or is torch's own."""
-    function = type(module).forward
-    code = getattr(function, "__code__", None)
-    if code is None or code.co_filename.startswith(TORCH_FOLDER):
-        return ""
-    lines = linecache.getlines(code.co_filename)
-    last = max((line for _, _, line in code.co_lines() if line), default=code.co_firstlineno)
-    return "\n".join(line.split("#")[0] for line in lines[code.co_firstlineno - 1 : last])
+class _DropoutCalls(TorchFunctionMode):
+    """Notes the source lines that call a dropout function; the modules of torch may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "dropout" in getattr(func, "__name__", ""):
+            own = (__file__, F.__file__, overrides.__file__)
+            caller = next(frame for frame in reversed(traceback.extract_stack()) if frame.filename not in own)
+            if not caller.filename.startswith(TORCH_FOLDER):
+                self.places.append(f"\n  {caller.filename}, line {caller.lineno}: {caller.line}")
+        return func(*args, **(kwargs or {}))
 
 
 def _lift_modal_(module: fx.GraphModule, model: nn.Module) -> None:
@@ -192,6 +202,13 @@ def _drop_identities_(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def _reshape_views_(graph: fx.Graph) -> None:
+    """Views become reshapes, which do not depend on strides: dropped copies, quantizers and other types change those."""
+    for target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            node.target = torch.ops.aten.reshape.default
+
+
 def address(node: fx.Node) -> str:
     """Where a node stands: ``input``, ``layer1.0.conv1.weight``, ``layer1.0/relu``."""
     if node.op == "placeholder":
@@ -200,7 +217,7 @@ def address(node: fx.Node) -> str:
         return str(node.target)
     if node.op == "call_module":
         return str(node.target)
-    function = str(node.target).removeprefix("aten.").split(".")[0].rstrip("_")
+    function = str(getattr(node.target, "__name__", node.target)).split(".")[0].rstrip("_")
     owner = _owner(node)
     return f"{owner}/{function}" if owner else function
 
@@ -216,7 +233,13 @@ def _name_nodes_(captured: fx.GraphModule) -> None:
 
 def _check_same(model: nn.Module, captured: fx.GraphModule, example: Tensor) -> None:
     """The captured network computes what the model computes and has its state-dict keys."""
-    missing = set(model.state_dict()) ^ set(captured.state_dict())
+    unused = [key for key in model.state_dict() if key not in captured.state_dict()]
+    if unused:
+        raise CaptureError(
+            f"forward() does not use {len(unused)} tensors of the state dict in eval mode, the first is "
+            f"{unused[0]!r}; remove from the network what it does not use"
+        )
+    missing = set(captured.state_dict()) - set(model.state_dict())
     if missing:
         raise CaptureError(
             f"capture changed the state-dict keys: {sorted(missing)[:3]}; please report this network"

@@ -67,6 +67,11 @@ def _key(site: str) -> str:
     return site.replace(".", ":")  # module names must not contain dots
 
 
+def quantizer_key(site: str, parameter: str) -> str:
+    """The state-dict key of a parameter of the quantizer on a site."""
+    return f"quantizers.{_key(site)}.{parameter}"
+
+
 def capture(model: nn.Module, example: Tensor) -> QuantGraph:
     """Capture a trained network.
 

@@ -142,6 +142,10 @@ def is_signed(node: fx.Node) -> bool:
     if node.target in (aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default):
         low = node.args[1] if len(node.args) > 1 else -1.0
         return not (isinstance(low, int | float) and low >= 0)
+    if node.target in (aten.add.Tensor, aten.mul.Tensor):
+        constants = [*node.args, *node.kwargs.values()]
+        if any(isinstance(value, int | float) and value < 0 for value in constants):
+            return True
     if node.target in SIGN_KEEPING or is_dropout(node) or is_zero_pad(node):
         inputs = [arg for arg in node.all_input_nodes if is_tensor(arg)]
         return any(is_signed(arg) for arg in inputs) or not inputs

@@ -11,7 +11,12 @@ Deviation: the network's input is quantized like any other site unless it is pin
 Deviation: the bias of a linear layer stays float32, in the epilogue; the paper quantizes and counts it (10 values).
 Deviation: after the widths are learned they are rounded to the candidates, and finetuning goes on with learned float
 steps (per output channel for weights) at fixed widths; the paper trains one phase with power-of-two steps to the end.
-Deviation: the paper keeps the iterate that is best on the test set; here the last one counts.
+Deviation: the paper keeps the iterate that is best on the test set among those that meet the limits. A width under a
+limit never settles: at its threshold the task and the penalty push the step to and fro, and the power of two flips. Here
+the widths asked for are running means over about the last tenth of learning (fractions that rounding and repair
+respect), and batch-norm statistics are estimated anew at the end, because the running ones mix both sides of the flips.
+Deviation: weights and activations have a lambda each, as in those of the authors' configurations that use 1.0 for
+activations.
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ from mixbits.quant.observe import mse_step
 from mixbits.quant.quantizer import Frozen, LearnedStep, Quantizer
 from mixbits.train.finetune import observe
 from mixbits.train.method import Learned, Method, Target, full_grid
+from mixbits.train.norms import reestimate_batch_norm_
 from mixbits.train.penalty import squared_excess
 from mixbits.train.steps import Loop, Schedule, steps
 from mixbits.train.task import Task
@@ -42,6 +48,8 @@ Parametrization = Literal["u3", "u2", "u1", "p3", "p2", "p1"]
 MARGIN = 1e-5  # parameters stay this far inside their bounds, where a clip would stop their gradient
 LARGEST_RATIO_EXPONENT = 6  # power-of-two levels 1 .. 64 (and their negatives) are the widest that fit int8
 SQRT2 = 2.0**0.5
+MEAN_OVER = 0.1  # share of the training steps that the running mean of a width looks back on
+LEARNING_NORM_BATCHES = 30  # batches that estimate batch-norm statistics while and after widths are learned
 
 
 def pow2(v: Tensor) -> Tensor:
@@ -156,6 +164,7 @@ class LearnedWidth(Quantizer):
         )
         self.first = nn.Parameter(torch.tensor(float(first)))
         self.second = nn.Parameter(torch.tensor(float(second)))
+        self.register_buffer("mean_bits", torch.tensor(float("nan")))  # running mean of the width, kept by the method
         self.project_()
 
     def ranges(self) -> tuple[Tensor, Tensor]:
@@ -175,7 +184,7 @@ class LearnedWidth(Quantizer):
             step = pow2(second / (torch.exp2(magnitude) - 1.0))
             whole = step * (torch.exp2(magnitude) - 1.0)
             return step, torch.where(second > whole, straight_through(second, whole), second)
-        exponent = torch.exp2(magnitude) - 1.0
+        exponent = torch.clamp(torch.exp2(magnitude) - 1.0, max=float(LARGEST_RATIO_EXPONENT))
         if self.parametrization == "p1":
             return pow2(second) * torch.exp2(-exponent), pow2(second)
         return pow2(second), pow2(second) * torch.exp2(exponent)
@@ -226,6 +235,12 @@ class LearnedWidth(Quantizer):
         if self.parametrization == "p3":
             exponent = min(LARGEST_RATIO_EXPONENT, level_count(self.most_bits - 1) - 1)
             self.first.clamp_(min=float(pow2(self.second)) * 2.0**-exponent)
+
+    @torch.no_grad()
+    def remember_bits_(self, share: float) -> None:
+        """Move the running mean of the width towards the width by ``share`` of their distance."""
+        bits = self.bits().detach()
+        self.mean_bits.copy_(torch.where(self.mean_bits.isnan(), bits, torch.lerp(self.mean_bits, bits, share)))
 
     @torch.no_grad()
     def limit_gradients_(self, weight_decay: float) -> None:
@@ -279,7 +294,8 @@ class MPDNN(Method):
     parametrization: Parametrization = (
         "u3"  # u1 (b, d), u2 (b, q_max), u3 (d, q_max), p1, p2, p3 powers of two
     )
-    strength: float = 0.1  # lambda, per (KiB above the limit)^2 on the paper's ResNet-20
+    strength: float = 0.1  # lambda of weight and operation limits, per (KiB above)^2 on the paper's ResNet-20
+    activation_strength: float = 1.0  # lambda of activation limits, likewise
     weight_start: int = 4  # bits that weights start with
     activation_start_bits: int = 4  # bits that activations start with
     activation_start: Literal["observed", "paper"] = "observed"  # paper: d = 1/8 whatever the data
@@ -301,14 +317,21 @@ class MPDNN(Method):
             momentum=self.momentum,
         )
 
+        fixed = {site: q.grid.bits for site, q in graph.quantizers.items() if isinstance(q, LearnedStep)}
+
         def widths() -> dict[str, Any]:
-            fixed = {site: q.grid.bits for site, q in graph.quantizers.items() if isinstance(q, LearnedStep)}
             return {**fixed, **{site: quantizer.bits() for site, quantizer in learning.items()}}
+
+        @torch.no_grad()
+        def rounded_widths() -> dict[str, int]:
+            return {site: int(bits) for site, bits in widths().items()}
 
         def limit_gradients() -> None:
             for quantizer in learning.values():
                 quantizer.limit_gradients_(self.weight_decay)
+                quantizer.remember_bits_(remembered)
 
+        remembered = 1.0 / max(MEAN_OVER * self.epochs * len(task.train), 1.0)
         for _ in steps(
             graph,
             task,
@@ -316,14 +339,19 @@ class MPDNN(Method):
             loop,
             epochs=self.epochs,
             schedule=self.schedule,
-            penalty=lambda: squared_excess(profile, widths(), target.budget, strength=self.strength),
+            penalty=lambda: squared_excess(
+                profile,
+                widths(),
+                target.budget,
+                strength=self.strength,
+                activation_strength=self.activation_strength,
+            ),
             before_update=limit_gradients,
-            measure=lambda: used(profile, target.budget, {s: int(float(b)) for s, b in widths().items()}),
+            measure=lambda: used(profile, target.budget, rounded_widths()),
         ):
             pass
         frozen = {site: quantizer.freeze() for site, quantizer in graph.quantizers.items()}
-        bits = {site: float(width) for site, width in widths().items()}
-        return Learned(graph, bits, self._grid, frozen)
+        return Learned(graph, rounded_widths(), self._grid, frozen)
 
     def _grid(self, site: Site, bits: int) -> Grid:
         if self.parametrization.startswith("u") or bits == 1:

@@ -13,13 +13,14 @@ from mixbits.core.budget import Budget, format_amount
 from mixbits.core.profile import Profile, unknown_site
 
 Damage = Callable[[str, int], float]
+SMALLEST_CHANGE = 1e-30  # of damage: a site whose widths all do the same damage must not divide by zero
 
 
 class InfeasibleError(ValueError):
     """No choice of candidates meets the budget."""
 
 
-def noise_power(site: str, bits: int) -> float:
+def noise_power(site: str, bits: float) -> float:
     """``4**-bits``."""
     return 4.0**-bits
 
@@ -138,7 +139,8 @@ def _best_move(
         moved = {**now, **dict.fromkeys(group, widths[place])}
         if not down and not budget.fits(profile, moved):
             continue
-        change = abs(sum(damage(site, moved[site]) - damage(site, now[site]) for site in group))
+        change = sum(damage(site, moved[site]) - damage(site, now[site]) for site in group)
+        change = max(abs(change), SMALLEST_CHANGE)
         used = {limit: limit.used(profile, moved) / limit.asked for limit in budget.limits}
         if down:
             freed = sum(used_now[limit] - max(used[limit], 1.0) for limit in used if used_now[limit] > 1.0)

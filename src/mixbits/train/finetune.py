@@ -9,12 +9,12 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mixbits.core.policy import Policy
-from mixbits.graph.quant_graph import QuantGraph, put_
+from mixbits.graph.quant_graph import QuantGraph, put_, quantizer_key
 from mixbits.quant.observe import Recorder, mse_step
 from mixbits.quant.quantizer import Frozen, LearnedStep, Quantizer
+from mixbits.train.norms import reestimate_batch_norm_
 from mixbits.train.steps import Loop, Schedule, steps
 from mixbits.train.task import Batches, Task
 
@@ -111,6 +111,19 @@ def place_policy(
     return student
 
 
+def restore_policy(graph: QuantGraph, policy: Policy, state: Mapping[str, Tensor]) -> QuantGraph:
+    """A copy of ``graph`` in eval mode with the weights and steps that :func:`finetune` left in ``state``."""
+    network = graph.copy()
+    placed: dict[str, Quantizer] = {}
+    for site in graph.profile.sites:
+        step = state[quantizer_key(site.name, "step")]
+        placed[site.name] = LearnedStep(policy.grids[site.name], step, shared_by=site.elements)
+    put_(network, placed)
+    network.module.load_state_dict(dict(state))
+    network.module.eval()
+    return network
+
+
 def rescaled_step(frozen: Frozen, level_max: int) -> Tensor:
     """A learned step carried to another number of levels: the range stays if levels are fewer, the step if they are more."""
     return frozen.step * max(frozen.grid.level_max / max(level_max, 1), 1.0)
@@ -128,23 +141,6 @@ def observe(graph: QuantGraph, sites: list[str], batches: Batches, device: torch
         for inputs, _ in islice(batches.epoch(0), OBSERVED_BATCHES):
             watched(inputs.to(device))
     return {site: recorder.values() for site, recorder in recorders.items()}
-
-
-def reestimate_batch_norm_(graph: QuantGraph, batches: Batches, count: int, device: torch.device) -> None:
-    """Replace running statistics of batch norms by averages over ``count`` training batches at fixed weights."""
-    norms = [m for m in graph.module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
-    graph.module.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
-        norm.train()
-    with torch.no_grad():
-        for inputs, _ in islice(batches.epoch(0), count):
-            graph(inputs.to(device))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        norm.eval()
 
 
 def _distilling(

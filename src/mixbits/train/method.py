@@ -14,7 +14,7 @@ from mixbits.core.policy import Policy
 from mixbits.core.profile import Profile, Site
 from mixbits.graph.quant_graph import QuantGraph
 from mixbits.quant.quantizer import Frozen
-from mixbits.search.greedy import Choices, check_feasible, choices, fit
+from mixbits.search.greedy import Choices, check_feasible, choices, fit, noise_power
 from mixbits.train.steps import Loop
 from mixbits.train.task import Task
 
@@ -85,7 +85,14 @@ def learn(
     if missing:
         raise ValueError(f"the method {type(method).__name__} gave no width to {', '.join(missing[:3])}")
     wished = {site: math.ceil(bits - ROUNDING_SLACK) for site, bits in learned.bits.items()}
-    bits = fit(graph.profile, wished, target.budget, allowed, fill=learned.fill)
+    bits = fit(
+        graph.profile,
+        wished,
+        target.budget,
+        allowed,
+        damage=lambda site, width: noise_power(site, width) / noise_power(site, learned.bits[site]),
+        fill=learned.fill,
+    )
     policy = Policy({site.name: learned.grid_of(site, bits[site.name]) for site in graph.profile.sites})
     policy.check(graph.profile)
     return policy, learned

@@ -13,6 +13,7 @@ from torch import Tensor
 from mixbits.graph.quant_graph import QuantGraph
 from mixbits.quant.quantizer import Quantizer
 from mixbits.train.checkpoint import Checkpoint
+from mixbits.train.norms import reestimate_batch_norm_
 from mixbits.train.task import Task, evaluate
 
 Schedule = Literal["cosine", "thirds", "constant"]
@@ -78,11 +79,13 @@ def steps(
     penalty: Callable[[], Tensor] | None = None,
     before_update: Callable[[], None] | None = None,
     measure: Callable[[], Mapping[str, Any]] = dict,
+    estimate_norms: int = 0,
 ) -> Iterator[Step]:
     """Train ``graph`` in place for ``epochs``, yielding after every update with the gradients still readable.
 
     ``loss(inputs, outputs, targets)`` replaces the task's loss, ``penalty()`` is added to it, ``before_update()`` runs
-    between backward and update (to limit gradients), ``measure()`` adds fields to the rows given to ``loop.watch``.
+    between backward and update (to limit gradients), ``measure()`` adds fields to the rows given to ``loop.watch``,
+    ``estimate_norms`` batches re-estimate batch-norm statistics of a copy before it is judged on held-out data.
     Resumes from ``loop.checkpoint`` if it holds a state. Raises ``DivergedError`` when the loss is not finite, and
     ``KeyboardInterrupt`` after saving when the checkpoint's ``stop`` is set.
     """
@@ -90,7 +93,7 @@ def steps(
     quantizers = [m for m in module.modules() if isinstance(m, Quantizer)]
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
-    epoch, first, totals, resumed_rng = _resume_(graph, optimizer, loop)
+    epoch, first, totals, resumed_rng = _resume_(graph, task, optimizer, loop)
     forward = torch.compile(module, dynamic=False) if loop.compile else module
     for number in range(epoch, epochs):
         module.train()
@@ -129,8 +132,12 @@ def steps(
                 **(measure() if ends or index % 10 == 0 else {}),
             }
             if ends:
-                module.eval()
-                row["held_out_top1"] = evaluate(module, task, task.held_out, loop.device)["top1"]
+                judged = graph
+                if estimate_norms:
+                    judged = graph.copy()
+                    reestimate_batch_norm_(judged, task.train, estimate_norms, loop.device)
+                judged.module.eval()
+                row["held_out_top1"] = evaluate(judged, task, task.held_out, loop.device)["top1"]
                 module.train()
                 totals.update(loss=0.0, score=0.0, count=0)
             stopping = checkpoint is not None and checkpoint.stop.is_set()
@@ -159,12 +166,14 @@ def _state(
 
 
 def _resume_(
-    graph: QuantGraph, optimizer: torch.optim.Optimizer, loop: Loop
+    graph: QuantGraph, task: Task, optimizer: torch.optim.Optimizer, loop: Loop
 ) -> tuple[int, int, dict[str, Any], Tensor | None]:
     """Epoch, first batch, running sums and random state to go on with; from the start if there is no checkpoint."""
     state, note = loop.checkpoint.load() if loop.checkpoint else (None, "")
     if note:
         loop.watch({"stage": loop.stage, "note": note})
+    done = state["epoch"] * len(task.train) + state["first"] if state else 0
+    loop.watch({"stage": loop.stage, "resumed_step": done})
     if state is None:
         return 0, 0, {"loss": 0.0, "score": 0.0, "count": 0}, None
     graph.module.load_state_dict(state["module"])

@@ -1,0 +1,1 @@
+"""The command line: options from dataclass fields, no logic of its own."""

@@ -1,0 +1,71 @@
+"""``mixbits``: find the command, run it, turn errors into one clear message."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+
+import mixbits
+
+# name -> what it does. Each is a module of this package with `main(arguments)`, imported when it is called:
+# `mixbits run` works without torch.
+COMMANDS = {
+    "fit": "from a trained network and a budget to a packed model and its report",
+    "demo": "fit on embedded data, in under three minutes",
+    "profile": "list a network's sites, layers and costs",
+    "learn": "only learn the widths: policy.json",
+    "finetune": "only train at the widths of a policy",
+    "lower": "only pack the trained network: model.mixbits",
+    "run": "run a packed model on data, without torch",
+    "report": "write report.html of a run",
+    "methods": "list the methods that learn widths",
+}
+USAGE_ERROR = 2
+INTERRUPTED = 130  # what shells expect after Ctrl-C
+
+
+def usage() -> str:
+    """What ``mixbits --help`` prints."""
+    rows = "\n".join(f"  {name:<10} {words}" for name, words in COMMANDS.items())
+    return (
+        "usage: mixbits COMMAND [options]\n\n"
+        "Learns how many bits each tensor of a network deserves, within a budget, and packs the result.\n\n"
+        f"commands:\n{rows}\n\n"
+        "`mixbits COMMAND --help` lists a command's options. A first run: `mixbits demo --out runs/demo`.\n"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for errors the user can mend, 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(usage())
+        return 0
+    if arguments[0] == "--version":
+        sys.stdout.write(f"mixbits {mixbits.__version__}\n")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        sys.stderr.write(f"mixbits: unknown command {command!r}; known are {', '.join(COMMANDS)}\n")
+        return USAGE_ERROR
+    try:
+        importlib.import_module(f"mixbits.cli.{command}").main(rest)
+    except KeyboardInterrupt as interrupt:
+        sys.stderr.write(f"\nmixbits {command}: stopped. {interrupt}\n")
+        return INTERRUPTED
+    except BrokenPipeError:
+        return 0  # the reader of our output has left
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("MIXBITS_TRACEBACK"):
+            raise
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        remedy = " Free some disk space; a run goes on with --resume." if full else ""
+        sys.stderr.write(f"mixbits {command}: error: {error}.{remedy}\n" if full else f"mixbits {command}: error: {error}\n")
+        return USAGE_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Recipe: every option of a run, one definition for the command line, TOML files and the JSON of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tomllib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mixbits.core.budget import parse_budget
+from mixbits.methods import method_named
+from mixbits.train.finetune import Finetune
+from mixbits.train.method import Method, Target
+from mixbits.train.steps import Schedule
+
+
+@dataclass(frozen=True)
+class FloatTraining:
+    """Training of the float network, for recipes that start without weights."""
+
+    epochs: int = 0  # 0: the network comes trained, by --weights or from its own function
+    lr: float = 0.1  # initial learning rate
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Schedule = "cosine"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of a run."""
+
+    network: str = ""  # module:function or file.py:function, called without arguments
+    data: str = ""  # digits, cifar10:DIR, imagefolder:DIR, module:function or file.py:function
+    budget: str = ""  # limits, for example weights=70KiB,act_max=8KiB or weights=4bit or bops=0.5G
+    method: str = "mpdnn"  # see `mixbits methods`
+    weights: str = ""  # trained weights of the network: safetensors or a state dict
+    seed: int = 0
+    batch_size: int = 128
+    held_out: float = 0.1  # fraction of the training data that decides and is not trained on
+    weight_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)  # candidates for weights
+    activation_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)  # candidates for activations
+    pins: dict[str, int] = field(default_factory=dict[str, int])  # sites whose width is given
+    ties: tuple[str, ...] = ()  # groups of sites that share one width, each written site+site
+    mean: tuple[float, ...] = ()  # normalization a channel; empty: the data set's
+    std: tuple[float, ...] = ()  # normalization a channel; empty: the data set's
+    baseline: bool = True  # also train the uniform-width network under the same budget
+    device: str = "cpu"  # cpu or cuda
+    threads: int = 0  # of torch on the CPU; 0: torch's choice
+    compile: bool = False  # torch.compile the training step (needs g++ on the CPU)
+    bf16: bool = False  # train matrix products in bfloat16
+    check_images: int = 2000  # test images that the packed model runs, compared with the training graph
+    float_training: FloatTraining = field(default_factory=FloatTraining)
+    finetune: Finetune = field(default_factory=Finetune)
+
+    def target(self) -> Target:
+        """Budget, candidates, ties and pins."""
+        ties = [tuple(site.strip() for site in group.split("+")) for group in self.ties]
+        return Target(parse_budget(self.budget), self.weight_bits, self.activation_bits, ties, self.pins)
+
+
+# A recipe with the options of one method as the field of the method's name.
+AnyRecipe = Any
+
+
+def recipe_type(method: str) -> type:
+    """The class of recipes for a method: :class:`Recipe` with the method's own options under its name."""
+    chosen = method_named(method)
+    return dataclasses.make_dataclass(
+        "Recipe",
+        [("method", str, method), (method, chosen, field(default_factory=chosen))],
+        bases=(Recipe,),
+        frozen=True,
+        namespace={"__doc__": Recipe.__doc__},
+    )
+
+
+def method_of(recipe: AnyRecipe) -> Method:
+    """The method with its options."""
+    return getattr(recipe, recipe.method)
+
+
+def recipe_from_dict(entries: dict[str, Any], where: str) -> AnyRecipe:
+    """The recipe of parsed TOML or JSON; errors name ``where`` and the option."""
+    kind = recipe_type(str(entries.get("method", Recipe.method)))
+    return _build(kind, entries, where)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The options in a TOML file, not checked yet."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"recipe {path} does not exist") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path} is not valid TOML: {error}") from None
+
+
+def to_dict(recipe: AnyRecipe) -> dict[str, Any]:
+    """Plain JSON of a recipe."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def signature(recipe: AnyRecipe) -> str:
+    """A name for everything that decides a run's result."""
+    return hashlib.sha256(json.dumps(to_dict(recipe), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _build(kind: type, entries: dict[str, Any], where: str) -> Any:
+    types = typing.get_type_hints(kind)
+    fields = {f.name for f in dataclasses.fields(kind)}
+    unknown = sorted(set(entries) - fields)
+    if unknown:
+        raise ValueError(f"{where}: unknown option {unknown[0]!r}; known are {', '.join(sorted(fields))}")
+    values = {
+        name: _build(types[name], value, f"{where}, [{name}]")
+        if dataclasses.is_dataclass(types[name]) and isinstance(value, dict)
+        else _convert(value, types[name], f"{where}: {name}")
+        for name, value in entries.items()
+    }
+    return kind(**values)
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(item, arguments[0], where) for item in value)
+    if origin is dict and isinstance(value, dict):
+        return {_convert(k, arguments[0], where): _convert(v, arguments[1], where) for k, v in value.items()}
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        raise ValueError(f"{where} must be one of {', '.join(map(str, arguments))}, got {value!r}")
+    if kind is float and type(value) is int:
+        return float(value)
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    raise ValueError(f"{where} must be {getattr(kind, '__name__', kind)}, got {value!r}")

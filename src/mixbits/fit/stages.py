@@ -1,0 +1,328 @@
+"""Stages of a run. Each reads what the stages before it left in the run folder, and is skipped if it is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixbits.core.cost import COSTS, float_bits
+from mixbits.core.grid import grid_from_json, grid_to_json
+from mixbits.core.locate import locate
+from mixbits.core.policy import Policy, policy_from_json
+from mixbits.data.dataset import Dataset, with_normalization
+from mixbits.data.open import open_dataset
+from mixbits.fit.folder import RunFolder
+from mixbits.fit.recipe import AnyRecipe, method_of, signature, to_dict
+from mixbits.fit.weights import load_weights_, read_tensors, write_tensors
+from mixbits.graph.quant_graph import QuantGraph, capture
+from mixbits.lower.lower import lower
+from mixbits.methods import method_named
+from mixbits.pack.artifact import read_program, write_program
+from mixbits.quant.quantizer import Frozen
+from mixbits.runtime.executor import Executor
+from mixbits.train.checkpoint import Checkpoint
+from mixbits.train.finetune import Finetune, finetune, restore_policy
+from mixbits.train.method import learn
+from mixbits.train.steps import Loop, steps
+from mixbits.train.task import Task, evaluate, task_of
+
+Row = Mapping[str, Any]
+
+
+class Run:
+    """One run: its recipe, its folder, and the things that stages share, made when first needed."""
+
+    def __init__(self, recipe: AnyRecipe, path: Path, watch: Callable[[Row], None], stop: threading.Event) -> None:
+        """``watch`` gets every row of metrics and notes; ``stop`` asks the loop to save and leave."""
+        self.recipe, self.folder, self.stop = recipe, RunFolder(path), stop
+        self._tell = watch
+        self._began: dict[str, float] = {}
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The data set, normalized as the recipe says."""
+        dataset = open_dataset(self.recipe.data)
+        if self.recipe.mean or self.recipe.std:
+            return with_normalization(dataset, self.recipe.mean or dataset.mean, self.recipe.std or dataset.std)
+        return dataset
+
+    @cached_property
+    def task(self) -> Task:
+        """Training, held-out and test batches."""
+        recipe = self.recipe
+        return task_of(self.dataset, batch_size=recipe.batch_size, held_out=recipe.held_out, seed=recipe.seed)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The user's network with its trained weights."""
+        torch.manual_seed(self.recipe.seed)  # noqa: TID251  modules initialize from torch's global generator
+        return build_network(self.recipe.network, classes=len(self.dataset.classes), weights=self.recipe.weights)
+
+    @cached_property
+    def graph(self) -> QuantGraph:
+        """The captured float network; trained ones once the float stage is done."""
+        graph = capture(self.model, torch.zeros(2, *self.dataset.input_shape))
+        if self.done("float"):
+            graph.module.load_state_dict(read_tensors(self.folder / "float.safetensors"))
+        graph.module.eval()
+        return graph
+
+    @property
+    def device(self) -> torch.device:
+        """Where training runs."""
+        return torch.device(self.recipe.device)
+
+    def done(self, stage: str) -> bool:
+        """Whether a stage has left its result."""
+        return (self.folder / "stages" / f"{stage}.json").exists()
+
+    def result(self, stage: str) -> dict[str, Any]:
+        """The result of a stage; the error of a missing one names the command that makes it."""
+        if not self.done(stage):
+            raise ValueError(f"{self.folder.path}: the stage {stage!r} is not done yet; run it before this one")
+        return self.folder.read_json(f"stages/{stage}.json")
+
+    def loop(self, stage: str) -> Loop:
+        """How this run's loops train, with the stage's checkpoint."""
+        recipe = self.recipe
+        path = self.folder / "checkpoints" / f"{stage}.pt"
+        checkpoint = Checkpoint(path, signature(recipe), stop=self.stop)
+        self._began[stage] = time.monotonic()
+        torch.manual_seed(recipe.seed)  # noqa: TID251  dropout draws from torch's global generator
+        return Loop(stage, self.device, recipe.compile, recipe.bf16, checkpoint, self.watch)
+
+    def watch(self, row: Row) -> None:
+        """Keep a row of metrics and hand it on."""
+        if "resumed_step" in row:
+            self.folder.keep_rows(row["stage"], row["resumed_step"])
+        elif "avg_weight_bits" in row or row.get("ends_epoch"):
+            began = self._began.get(row["stage"], time.monotonic())
+            self.folder.append_row({**row, "seconds": round(time.monotonic() - began, 2)})
+        self._tell(row)
+
+    def finish(self, stage: str, result: dict[str, Any]) -> None:
+        """Keep a stage's result: from now on the stage is done."""
+        self.folder.write_json(f"stages/{stage}.json", result)
+
+
+def build_network(spec: str, *, classes: int, weights: str = "") -> nn.Module:
+    """The network of ``module:function``, with weights loaded; ``num_classes`` is passed to functions that take it."""
+    function = locate(spec)
+    if not callable(function):
+        raise ValueError(f"network {spec!r} is a {type(function).__name__}, not a function that returns an nn.Module")
+    takes_classes = "num_classes" in inspect.signature(function).parameters
+    model = function(num_classes=classes) if takes_classes else function()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"network {spec!r} returned {type(model).__name__}, not an nn.Module")
+    if weights:
+        load_weights_(model, Path(weights))
+    return model.eval()
+
+
+def start(run: Run, *, resume: bool) -> None:
+    """Check everything that can be checked before work begins, then make or reopen the folder."""
+    path, recipe = run.folder.path, run.recipe
+    for name in ("network", "data", "budget"):
+        if not getattr(recipe, name):
+            raise ValueError(f"--{name} is missing; see `mixbits fit --help`")
+    if not recipe.weights and not recipe.float_training.epochs and recipe.network.startswith("mixbits.zoo"):
+        raise ValueError(
+            "the networks of mixbits.zoo are untrained: give --weights FILE, or --float-training.epochs N to train first"
+        )
+    if recipe.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {recipe.device}: this torch sees no CUDA device; use --device cpu")
+    target = recipe.target()
+    target.choices(run.graph.profile)
+    if tuple(run.dataset.input_shape) != run.graph.profile.input_shape:
+        raise ValueError("the network does not take the data set's input shape")
+    if (path / "recipe.json").exists():
+        if not resume:
+            raise ValueError(f"{path} already holds a run; go on with --resume, or choose another --out")
+        if run.folder.read_json("recipe.json") != to_dict(recipe):
+            raise ValueError(
+                f"{path} was started with other options (see {path / 'recipe.json'}); resume with the same ones, "
+                "or choose another --out"
+            )
+        return
+    if path.exists() and any(entry.name != ".lock" for entry in path.iterdir()):
+        raise ValueError(f"{path} exists and is not the folder of a mixbits run; choose another --out")
+    for folder in (path, path / "stages", path / "checkpoints"):
+        folder.mkdir(parents=True, exist_ok=True)
+    run.folder.write_json("started.json", time.strftime("%Y-%m-%dT%H:%M:%S"))
+    run.folder.write_json("recipe.json", to_dict(recipe))
+
+
+def measured(run: Run, network: QuantGraph, bits: Mapping[str, int], seconds: float) -> dict[str, Any]:
+    """Accuracy on the test set and all costs of a network at these widths."""
+    test = evaluate(network.module.eval(), run.task, run.task.test, run.device)
+    held_out = evaluate(network.module, run.task, run.task.held_out, run.device)
+    costs = {name: cost.of(run.graph.profile, bits) for name, cost in COSTS.items()}
+    return {
+        "top1": test["top1"],
+        "held_out_top1": held_out["top1"],
+        "weight_bytes": costs["weights"],
+        "size_bytes": costs["size"],
+        "avg_weight_bits": costs["weight_bits"],
+        "avg_act_bits": costs["act_bits"],
+        "bops": costs["bops"],
+        "act_max_bytes": costs["act_max"],
+        "act_sum_bytes": costs["act_sum"],
+        "act_peak_bytes": costs["act_peak"],
+        "costs": costs,
+        "widths": dict(bits),
+        "seconds": round(seconds, 1),
+    }
+
+
+def float_stage(run: Run) -> None:
+    """Train the float network if the recipe says so, and measure it."""
+    if run.done("float"):
+        return
+    began, options = time.monotonic(), run.recipe.float_training
+    if options.epochs:
+        optimizer = torch.optim.SGD(
+            run.graph.module.parameters(), options.lr, options.momentum, weight_decay=options.weight_decay
+        )
+        loop = run.loop("float")
+        for _ in steps(run.graph, run.task, optimizer, loop, epochs=options.epochs, schedule=options.schedule):
+            pass
+    seconds = time.monotonic() - began
+    run.graph.module.to(run.device)
+    result = measured(run, run.graph, float_bits(run.graph.profile), seconds)
+    run.graph.module.cpu()
+    write_tensors(run.folder, "float.safetensors", run.graph.module.state_dict())
+    run.finish("float", result)
+
+
+def uniform_stage(run: Run) -> None:
+    """The baseline: uniform widths under the same budget, from the same start, for the same number of epochs."""
+    if run.done("uniform") or not run.recipe.baseline:
+        return
+    began, recipe = time.monotonic(), run.recipe
+    policy, learned = learn(method_named("uniform")(), run.graph, run.task, recipe.target(), run.loop("uniform"))
+    options = dataclasses.replace(recipe.finetune, epochs=recipe.finetune.epochs + method_of(recipe).epochs)
+    network = _finetuned(run, "uniform", learned.graph, policy, options)
+    result = measured(run, network, policy.bits, time.monotonic() - began)
+    run.folder.write_json("policy_uniform.json", policy.to_json())
+    write_tensors(run.folder, "uniform.safetensors", network.module.state_dict())
+    run.finish("uniform", result)
+
+
+def learn_stage(run: Run) -> None:
+    """Learn the widths: policy.json, and the network as it was learned."""
+    if run.done("learn"):
+        return
+    began = time.monotonic()
+    policy, learned = learn(method_of(run.recipe), run.graph, run.task, run.recipe.target(), run.loop("learn"))
+    network = {k: v for k, v in learned.graph.module.state_dict().items() if not k.startswith("quantizers.")}
+    write_tensors(run.folder, "learned.safetensors", network)
+    run.folder.write_json("policy.json", policy.to_json())
+    steps_learned = {
+        site: {"grid": grid_to_json(frozen.grid), "step": frozen.step.flatten().tolist()}
+        for site, frozen in learned.frozen.items()
+    }
+    asked = {site: float(bits) for site, bits in learned.bits.items()}
+    run.finish("learn", {"asked": asked, "frozen": steps_learned, "seconds": round(time.monotonic() - began, 1)})
+
+
+def finetune_stage(run: Run) -> None:
+    """Train at the widths of policy.json, from what was learned if the policy was learned here."""
+    if run.done("finetune"):
+        return
+    began, policy = time.monotonic(), run_policy(run)
+    graph, start_steps, learning = run.graph, {}, 0.0
+    if run.done("learn"):
+        result = run.result("learn")
+        graph = run.graph.copy()
+        graph.module.load_state_dict(read_tensors(run.folder / "learned.safetensors"))
+        start_steps = {
+            site: Frozen(grid_from_json(entry["grid"]), torch.tensor(entry["step"]).squeeze())
+            for site, entry in result["frozen"].items()
+        }
+        learning = result["seconds"]
+    network = _finetuned(run, "finetune", graph, policy, run.recipe.finetune, start_steps)
+    write_tensors(run.folder, "finetuned.safetensors", network.module.state_dict())
+    run.finish("finetune", measured(run, network, policy.bits, learning + time.monotonic() - began))
+
+
+def _finetuned(
+    run: Run,
+    stage: str,
+    graph: QuantGraph,
+    policy: Policy,
+    options: Finetune,
+    start_steps: Mapping[str, Frozen] | None = None,
+) -> QuantGraph:
+    teacher = run.graph if options.distill else None
+    return finetune(graph, policy, run.task, options, run.loop(stage), start=start_steps, teacher=teacher)
+
+
+def run_policy(run: Run) -> Policy:
+    """The policy in the run folder, checked against the network."""
+    policy = policy_from_json(run.folder.read_json("policy.json"))
+    policy.check(run.graph.profile)
+    return policy
+
+
+def lower_stage(run: Run) -> None:
+    """Pack the finetuned network into model.mixbits."""
+    if run.done("lower"):
+        return
+    run.result("finetune")
+    policy = run_policy(run)
+    network = restore_policy(run.graph, policy, read_tensors(run.folder / "finetuned.safetensors"))
+    about = {
+        "network": run.recipe.network,
+        "method": run.recipe.method,
+        "dataset": run.dataset.name,
+        "classes": list(run.dataset.classes),
+        "mean": list(run.dataset.mean),
+        "std": list(run.dataset.std),
+    }
+    program = lower(network, about=about)
+    write_program(program, run.folder / "model.mixbits")
+    run.finish("lower", {"artifact_bytes": (run.folder / "model.mixbits").stat().st_size})
+
+
+def check_stage(run: Run) -> None:
+    """Run the packed model without torch on test images and compare it with the training graph."""
+    if run.done("check"):
+        return
+    began = time.monotonic()
+    executor = Executor(read_program(run.folder / "model.mixbits"))
+    policy = run_policy(run)
+    network = restore_policy(run.graph, policy, read_tensors(run.folder / "finetuned.safetensors"))
+    correct = same = count = 0
+    for inputs, targets in run.task.test.epoch(0):
+        ran = torch.from_numpy(executor(inputs.numpy())).argmax(-1)
+        with torch.no_grad():
+            trained = network(inputs).argmax(-1)
+        correct += int((ran == targets).sum())
+        same += int((ran == trained).sum())
+        count += len(targets)
+        if count >= run.recipe.check_images:
+            break
+    seconds = round(time.monotonic() - began, 1)
+    run.finish(
+        "check",
+        {"top1": 100 * correct / count, "images": count, "same_prediction_as_training_graph": same, "seconds": seconds},
+    )
+
+
+STAGES: dict[str, Callable[[Run], None]] = {
+    "float": float_stage,
+    "uniform": uniform_stage,
+    "learn": learn_stage,
+    "finetune": finetune_stage,
+    "lower": lower_stage,
+    "check": check_stage,
+}
