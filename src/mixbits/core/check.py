@@ -23,7 +23,7 @@ MAX_INSTRUCTIONS = 100_000
 
 
 def check(program: Program, *, max_elements: int = MAX_ELEMENTS) -> None:
-    """Raise ``ValueError`` unless the program is well formed and runs for any batch size within bounded memory."""
+    """Raise ``ValueError`` unless the program is well formed, for any batch size, and its memory bounded."""
     if len(program.instructions) > MAX_INSTRUCTIONS:
         raise ValueError(
             f"{len(program.instructions)} instructions are more than the limit of {MAX_INSTRUCTIONS}"
@@ -36,11 +36,12 @@ def check(program: Program, *, max_elements: int = MAX_ELEMENTS) -> None:
         known.add(step.output)
     if program.output not in known:
         raise ValueError(f"the output {program.output!r} is not a value that some instruction computes")
-    for batch in (1, 2):  # a program that takes one and two samples has no batch size written into it
-        output = specs(program, batch, max_elements=max_elements)[program.output]
-        if output.grid is not None or output.shape[:1] != (batch,):
+    # No batch size is written into a program that takes all of these; a size of one stretches to any other.
+    for batch in (1, 2, 3):
+        shape = specs(program, batch, max_elements=max_elements)[program.output].shape
+        if shape[:1] != (batch,):
             raise ValueError(
-                f"the output {program.output!r} must be float with the batch first, not {output}"
+                f"the output {program.output!r} of {batch} samples has shape {list(shape)}, not batch first"
             )
 
 
@@ -79,8 +80,8 @@ def _attr_problem(step: Instruction, declared: Declared, program: Program) -> st
 def specs(program: Program, batch: int, *, max_elements: int = MAX_ELEMENTS) -> Mapping[str, Spec]:
     """Shape and grid of every value for a batch size.
 
-    Raises ``ValueError`` where shapes do not fit, or where a value has more than ``max_elements`` a sample, or all values
-    alive at a time more than ``MAX_ALIVE`` times that. Nothing is allocated.
+    Raises ``ValueError`` where shapes do not fit, or where a value has more than ``max_elements`` a sample,
+    or all values alive at a time more than ``MAX_ALIVE`` times that. Nothing is allocated.
     """
     samples = max(batch, 1)
     constants = {name: value.shape for name, value in program.constants.items()}

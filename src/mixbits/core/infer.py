@@ -1,7 +1,8 @@
-"""Shape rules of the instruction set: what an instruction's output looks like before it runs, or why it cannot run.
+"""Shape rules of the instruction set: what an instruction's output will be, or why it cannot run.
 
 Every rule takes the specs of the inputs, the attributes, and the scope; its ``ValueError`` is a sentence that
-``core/check.py`` puts the instruction's name in front of. Rules also bound the memory that is needed while computing.
+``core/check.py`` puts the instruction's name in front of. Rules also bound the memory that is needed while
+computing.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Scope:
-    """What rules may look up: the batch size, weights, shapes of constants, and the most elements of one array."""
+    """What rules may look up: batch size, weights, constants' shapes, the most elements of one array."""
 
     batch: int
     weights: Mapping[str, PackedWeight]
@@ -83,7 +84,7 @@ def _dim(dim: int, shape: tuple[int, ...]) -> int:
 
 
 def _layer_weight(inputs: Sequence[Spec], attrs: Attrs, scope: Scope) -> PackedWeight:
-    """The checked weight of a layer: codes in, one scale and bias a channel, sums that fit the accumulator."""
+    """The weight of a layer, checked: codes in, a scale and a bias a channel, sums within the accumulator."""
     weight, (x,) = scope.weights[attrs["weight"]], inputs
     if x.grid is None:
         raise ValueError("its input is float, but a layer reads codes; quantize it first")
@@ -166,7 +167,7 @@ def permute(inputs: Sequence[Spec], attrs: Attrs, scope: Scope) -> Spec:
 def slice_(inputs: Sequence[Spec], attrs: Attrs, scope: Scope) -> Spec:
     """Elements start, start + step, ... below stop of one dimension."""
     shape, dim = list(inputs[0].shape), _dim(attrs["dim"], inputs[0].shape)
-    shape[dim] = len(range(*slice(attrs["start"], attrs["stop"], attrs["step"]).indices(shape[dim])))
+    shape[dim] = len(range(attrs["start"], min(attrs["stop"], shape[dim]), attrs["step"]))
     return Spec(tuple(shape), inputs[0].grid)
 
 
@@ -202,7 +203,7 @@ def pad(inputs: Sequence[Spec], attrs: Attrs, scope: Scope) -> Spec:
             -min(before, 0) - min(after, 0) < max(size, 1), f"padding {pads} cuts away all of {list(shape)}"
         )
         _need(mode == "constant" or min(before, after) >= 0, f"mode {mode} cannot cut, but padding is {pads}")
-        most = {"reflect": size - 1, "wrap": size}.get(mode, max(before, after))
+        most = size - 1 if mode == "reflect" else size if mode == "wrap" else max(before, after)
         _need(max(before, after) <= max(most, 0), f"mode {mode} cannot pad {list(shape)} by {pads}")
         _need(size > 0 or (before, after) == (0, 0), f"an empty {list(shape)} cannot be padded")
         out.append(size + before + after)
@@ -230,7 +231,7 @@ def upsample(inputs: Sequence[Spec], attrs: Attrs, scope: Scope) -> Spec:
 
 
 def window_count(size: int, kernel: int, stride: int, padding: int, *, dilation: int = 1, ceil: bool) -> int:
-    """How many windows fit; with ``ceil`` also one that starts inside (or in the left padding) and hangs over."""
+    """How many windows fit; with ``ceil`` also one that starts inside or in front, and hangs over."""
     room = size + 2 * padding - dilation * (kernel - 1) - 1
     count = (-(-room // stride) if ceil else room // stride) + 1
     return count - 1 if ceil and (count - 1) * stride >= size + padding else count
@@ -364,8 +365,8 @@ def layer_norm(inputs: Sequence[Spec], attrs: Attrs, scope: Scope) -> Spec:
 
 def group_norm(inputs: Sequence[Spec], attrs: Attrs, scope: Scope) -> Spec:
     """Over groups of channels (dimension 1) and all that follows."""
-    shape, groups = inputs[0].shape, attrs["groups"]
-    _need(len(shape) >= 2 and math.prod(shape[1:]) > 0, f"{list(shape)} has no channels to normalize")
+    shape, groups, rank = inputs[0].shape, attrs["groups"], len(inputs[0].shape)
+    _need(rank >= 2 and math.prod(shape[1:]) > 0, f"{list(shape)} has no channels to normalize")
     _need(shape[1] % groups == 0, f"{shape[1]} channels do not divide into {groups} groups")
     _affine(attrs, shape[1:2], scope)
     return Spec(shape)
@@ -382,7 +383,7 @@ def batch_norm(inputs: Sequence[Spec], attrs: Attrs, scope: Scope) -> Spec:
 def matmul(inputs: Sequence[Spec], attrs: Attrs, scope: Scope) -> Spec:
     """[..., m, k] times [..., k, n], leading dimensions broadcast."""
     a, b = (spec.shape for spec in inputs)
-    _need(len(a) >= 2 and len(b) >= 2, "matrices have two dimensions or more")
+    _need(min(map(len, (a, b))) >= 2, "matrices have two dimensions or more")
     _need(a[-1] == b[-2], f"a matrix {list(a)} cannot be multiplied by a matrix {list(b)}")
     return Spec((*broadcast_shapes(a[:-2], b[:-2]), a[-2], b[-1]))
 

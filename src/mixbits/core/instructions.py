@@ -1,6 +1,7 @@
 """The instruction set: the inputs, attributes and shapes of every instruction that a program may contain.
 
-What an instruction computes is said by ``runtime/reference.py``. A new one is a row here and a function there.
+What an instruction computes is said by ``runtime/reference.py``. A new one is a row here and a function
+there.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from mixbits.core import infer
 from mixbits.core.grid import grid_from_json
@@ -29,7 +30,7 @@ class Attr:
 
 @dataclass(frozen=True)
 class Declared:
-    """A row of the table: the number of inputs (None: one or more), the attributes (all required), the shape rule."""
+    """A row of the table: number of inputs (None: one or more), attributes (all required), shape rule."""
 
     inputs: int | None
     attrs: Mapping[str, Attr]
@@ -52,9 +53,12 @@ def is_name(value: Any) -> bool:
 
 
 def _is_list(value: Any, holds: Callable[[Any], bool], length: int | None = None) -> bool:
-    if not isinstance(value, list) or len(value) > MAX_RANK:
+    if not isinstance(value, list):
         return False
-    return (length is None or len(value) == length) and all(map(holds, value))
+    entries = cast(list[Any], value)
+    return (
+        len(entries) <= MAX_RANK and (length is None or len(entries) == length) and all(map(holds, entries))
+    )
 
 
 def _is_grid(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Program: a lowered network as plain data: integer and float instructions, packed weights, float constants."""
+"""Program: a lowered network as plain data: instructions, packed weights, float constants."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mixbits.core.grid import Grid
 class PackedWeight:
     """A weight tensor's codes, packed at the width of its grid.
 
-    The real value of code ``c`` is ``step * grid.levels[c]``; the step is not here, it is folded into the scales of the
-    instructions that read the weight.
+    The real value of code ``c`` is ``step * grid.levels[c]``; the step is not here, it is folded into the
+    scales of the instructions that read the weight.
     """
 
     shape: tuple[int, ...]
@@ -29,9 +29,9 @@ class PackedWeight:
 class Instruction:
     """One operation on named values.
 
-    ``op`` is a row of ``core/instructions.py`` and a function of ``runtime/reference.py``; ``name`` is where the
-    operation came from, for messages and reports; ``attrs`` is JSON, and refers to weights and constants of the program
-    by name.
+    ``op`` is a row of ``core/instructions.py`` and a function of ``runtime/reference.py``; ``name`` is where
+    the operation came from, for messages and reports; ``attrs`` is JSON, and refers to weights and constants
+    of the program by name.
     """
 
     op: str
@@ -71,7 +71,7 @@ class Program:
 
 
 def last_reads(program: Program) -> dict[str, int]:
-    """The index of the last instruction that reads each value; the program's output is read at the very end."""
+    """The index of the last instruction that reads each value; the output is read behind the last."""
     last = {name: index for index, step in enumerate(program.instructions) for name in step.inputs}
     last[program.output] = len(program.instructions)
     return last

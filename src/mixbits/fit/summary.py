@@ -11,6 +11,7 @@ import torch
 
 import mixbits
 from mixbits.core.check import specs
+from mixbits.core.cost import COSTS
 from mixbits.core.grid import describe
 from mixbits.core.infer import accumulator_bound
 from mixbits.core.program import Program
@@ -46,6 +47,7 @@ def write_summary(run: Run) -> dict[str, Any]:
         "limits": [
             {
                 "limit": limit.cost,
+                "unit": COSTS[limit.cost].unit,
                 "text": limit.text,
                 "asked": limit.asked,
                 "used": mixed["costs"][limit.cost],
@@ -102,7 +104,7 @@ def _sites(run: Run, program: Program) -> list[dict[str, Any]]:
 def stored_widths(program: Program) -> dict[str, int]:
     """Width of every site as the packed model has it: of weights in the file, of activations as they are quantized."""
     widths = {name: weight.grid.bits for name, weight in program.weights.items()}
-    widths.update({i.output: i.attrs["grid"]["bits"] for i in program.instructions if i.op == "quantize"})
+    widths.update({i.name: i.attrs["grid"]["bits"] for i in program.instructions if i.op == "quantize"})
     return widths
 
 
@@ -111,7 +113,7 @@ def _runs_as(site: str, program: Program) -> str:
     readers = [i for i in program.instructions if i.attrs.get("weight") == site]
     if readers:
         return f"integer {readers[0].op} with {program.weights[site].grid.bits}-bit weights"
-    if any(i.op == "quantize" and i.output == site for i in program.instructions):
+    if any(i.op == "quantize" and i.name == site for i in program.instructions):
         return "codes between instructions"
     return "not in the packed model"
 

@@ -56,7 +56,7 @@ def choices(
     }
     widths.update({site: (bits,) for site, bits in (pins or {}).items()})
     tied = {name for tie in ties for name in tie}
-    groups = [tuple(tie) for tie in ties] + [(name,) for name in names if name not in tied]
+    groups = _joined(ties) + [(name,) for name in names if name not in tied]
     for group in groups:
         common = tuple(sorted(set.intersection(*(set(widths[name]) for name in group))))
         if not common:
@@ -65,6 +65,19 @@ def choices(
             )
         widths.update(dict.fromkeys(group, common))
     return Choices(widths, tuple(groups))
+
+
+def _joined(ties: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """The ties as groups without a common site: ties that share one are one group."""
+    groups: list[dict[str, None]] = []
+    for tie in ties:
+        group = dict.fromkeys(tie)
+        for other in [other for other in groups if other.keys() & group.keys()]:
+            groups.remove(other)
+            group = other | group
+        if group:
+            groups.append(group)
+    return [tuple(group) for group in groups]
 
 
 def check_feasible(profile: Profile, budget: Budget, allowed: Choices) -> None:

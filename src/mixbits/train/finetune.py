@@ -15,7 +15,7 @@ from mixbits.graph.quant_graph import QuantGraph, put_, quantizer_key
 from mixbits.quant.observe import Recorder, mse_step
 from mixbits.quant.quantizer import Frozen, LearnedStep, Quantizer
 from mixbits.train.norms import reestimate_batch_norm_
-from mixbits.train.steps import Loop, Schedule, steps
+from mixbits.train.steps import PLAIN_LOOP, Loop, Schedule, steps
 from mixbits.train.task import Batches, Task
 
 OBSERVED_BATCHES = 8  # batches read to choose activation steps
@@ -42,7 +42,7 @@ def finetune(
     policy: Policy,
     task: Task,
     options: Finetune,
-    loop: Loop,
+    loop: Loop = PLAIN_LOOP,
     *,
     start: Mapping[str, Frozen] | None = None,
     teacher: QuantGraph | None = None,

@@ -15,7 +15,7 @@ from mixbits.core.profile import Profile, Site
 from mixbits.graph.quant_graph import QuantGraph
 from mixbits.quant.quantizer import Frozen
 from mixbits.search.greedy import Choices, check_feasible, choices, fit, noise_power
-from mixbits.train.steps import Loop
+from mixbits.train.steps import PLAIN_LOOP, Loop
 from mixbits.train.task import Task
 
 ROUNDING_SLACK = 1e-6  # a learned width of 3.0000001 bits, a rounding error, is 3 bits

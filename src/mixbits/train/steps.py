@@ -40,6 +40,9 @@ class Loop:
         return Loop(stage, self.device, self.compile, self.bf16, None, self.watch)
 
 
+PLAIN_LOOP = Loop()  # on the CPU, nothing saved, nobody told
+
+
 @dataclass(frozen=True)
 class Step:
     """Where the loop stands after one update."""

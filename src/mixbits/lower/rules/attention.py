@@ -1,0 +1,71 @@
+"""Norms, softmax, matrix products and attention."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import torch
+from torch import fx
+
+from mixbits.lower.builder import Builder, arguments, positive_dims, rank, rule, unsupported
+
+aten = torch.ops.aten
+
+
+@rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default)
+def softmax(builder: Builder, node: fx.Node) -> str:
+    """Softmax or its logarithm along one dimension."""
+    op = "log_softmax" if "log_softmax" in str(node.target) else "softmax"
+    (dim,) = positive_dims(arguments(node)["dim"], node)
+    return builder.emit(op, node, builder.value(node.args[0], node), dim=dim)
+
+
+@rule(aten.layer_norm.default)
+def layer_norm(builder: Builder, node: fx.Node) -> str:
+    """Over the last dimensions."""
+    call = arguments(node)
+    return builder.emit(
+        "layer_norm",
+        node,
+        builder.value(call["input"], node),
+        dims=len(call["normalized_shape"]),
+        weight=builder.parameter(call["weight"], node),
+        bias=builder.parameter(call["bias"], node),
+        eps=call["eps"],
+    )
+
+
+@rule(aten.group_norm.default)
+def group_norm(builder: Builder, node: fx.Node) -> str:
+    """Over groups of channels."""
+    call = arguments(node)
+    return builder.emit(
+        "group_norm",
+        node,
+        builder.value(call["input"], node),
+        groups=call["num_groups"],
+        weight=builder.parameter(call["weight"], node),
+        bias=builder.parameter(call["bias"], node),
+        eps=call["eps"],
+    )
+
+
+@rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
+def matmul(builder: Builder, node: fx.Node) -> str:
+    """A product of matrices that are both computed: in float."""
+    if any(isinstance(a, fx.Node) and rank(a) < 2 for a in node.args[:2]):
+        raise unsupported(node, "a vector", "Give it a second dimension with unsqueeze.")
+    return builder.emit("matmul", node, *(builder.value(operand, node) for operand in node.args[:2]))
+
+
+@rule(aten.scaled_dot_product_attention.default)
+def attention(builder: Builder, node: fx.Node) -> str:
+    """Attention without a mask, or with the causal one."""
+    call = arguments(node)
+    if call["attn_mask"] is not None or call["enable_gqa"]:
+        what = "attn_mask" if call["attn_mask"] is not None else "enable_gqa"
+        raise unsupported(node, what, "Write it with matmul, add and softmax.")
+    query = call["query"]
+    scale = call["scale"] if call["scale"] is not None else 1 / sqrt(query.meta["val"].shape[-1])
+    inputs = [builder.value(call[key], node) for key in ("query", "key", "value")]
+    return builder.emit("attention", node, *inputs, scale=scale, causal=bool(call["is_causal"]))

@@ -1,0 +1,119 @@
+"""Executor: a program that runs, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixbits.core.check import MAX_ELEMENTS, check, specs
+from mixbits.core.grid import grid_from_json, levels_of
+from mixbits.core.instructions import BATCHED, CONSTANT, GRID, INSTRUCTIONS, MAYBE_CONSTANT, WEIGHT
+from mixbits.core.program import Instruction, PackedWeight, Program, last_reads
+from mixbits.pack.artifact import read_program
+from mixbits.pack.bits import unpack
+from mixbits.runtime.reference import REFERENCE
+from mixbits.runtime.values import Codes, Floats, Value, Weight, floats_of
+
+
+class Executor:
+    """A program made ready to run: float32 ``[n, *input_shape]`` to float32 ``[n, ...]``.
+
+    Every instruction is one of ``runtime/reference.py``. Any number of samples is fine, none included.
+    """
+
+    def __init__(self, program: Program, *, max_elements: int = MAX_ELEMENTS) -> None:
+        """Check the program and unpack its weights; ``max_elements`` limits every value, for one sample."""
+        check(program, max_elements=max_elements)
+        self.program = program
+        self._max_elements = max_elements
+        self._last = last_reads(program)
+        weights = {name: unpack_weight(name, weight) for name, weight in program.weights.items()}
+        self._attrs = [_resolve(step, program, weights) for step in program.instructions]
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Executor:
+        """The executor of a ``.mixbits`` file."""
+        return cls(read_program(Path(path)))
+
+    def __call__(self, x: NDArray[np.float32]) -> Floats:
+        """Logits of a batch, float32 ``[n, ...]``; ``ValueError`` if the input does not fit."""
+        alive: dict[str, Value] = {}
+        for index, (name, value) in enumerate(self._run(x, alive), start=-1):
+            read = () if index < 0 else self.program.instructions[index].inputs
+            alive[name] = value
+            for old in {*read, name}:
+                if self._last.get(old, index) == index:
+                    del alive[old]
+        return floats_of(alive[self.program.output])
+
+    def trace(self, x: NDArray[np.float32]) -> Mapping[str, Value]:
+        """Every value by name: ``Codes`` or float32 arrays."""
+        values: dict[str, Value] = {}
+        for name, value in self._run(x, values):
+            values[name] = value  # noqa: PERF403  _run reads what is here
+        return values
+
+    def _run(self, x: NDArray[np.float32], values: Mapping[str, Value]) -> Iterator[tuple[str, Value]]:
+        """Names and values in order; the caller keeps in ``values`` what is still to be read."""
+        _check_input(x, self.program.input_shape)
+        expected = specs(self.program, len(x), max_elements=self._max_elements)
+        yield "input", x
+        for step, attrs in zip(self.program.instructions, self._attrs, strict=True):
+            if INSTRUCTIONS[step.op].attrs.get("shape") is BATCHED:
+                sizes = attrs["shape"]
+                attrs = {"shape": [len(x) if s == "batch" else s for s in sizes]}  # noqa: PLW2901
+            inputs = [values[name] for name in step.inputs]
+            try:
+                # Overflow and division by zero give infinities, as they do in torch; quantize refuses NaN.
+                with np.errstate(all="ignore"):
+                    value = REFERENCE[step.op](*inputs, **attrs)
+            except ValueError as error:
+                raise ValueError(f"{step.name}: {error}") from error
+            assert value.shape == expected[step.output].shape, step.name
+            assert isinstance(value, Codes) or value.dtype == np.float32, step.name
+            yield step.output, value
+
+
+def unpack_weight(name: str, weight: PackedWeight) -> Weight:
+    """The levels of a packed weight; raises ``ValueError`` if a code has no level."""
+    codes = unpack(weight.packed, weight.grid.bits, int(np.prod(weight.shape))).reshape(weight.shape)
+    if codes.size and int(codes.max()) >= len(weight.grid.levels):
+        raise ValueError(
+            f"{name}: code {int(codes.max())} has no level; its grid has {len(weight.grid.levels)}. "
+            "The file is damaged or was written by something else."
+        )
+    levels = levels_of(codes, weight.grid)
+    sums = np.abs(levels.reshape(levels.shape[0], -1), dtype=np.int64).sum(axis=1)
+    return Weight(levels, int(sums.max(initial=0)))
+
+
+def _resolve(step: Instruction, program: Program, weights: Mapping[str, Weight]) -> dict[str, Any]:
+    """Attributes with grids, weights and constants in place of their JSON and their names."""
+
+    def resolved(key: str, value: Any) -> Any:
+        kind = INSTRUCTIONS[step.op].attrs[key]
+        if kind is GRID:
+            return grid_from_json(value)
+        if kind is WEIGHT:
+            return weights[value]
+        if kind in (CONSTANT, MAYBE_CONSTANT):
+            return None if value is None else program.constants[value]
+        return value
+
+    return {key: resolved(key, value) for key, value in step.attrs.items()}
+
+
+def _check_input(x: NDArray[np.float32], sample: tuple[int, ...]) -> None:
+    wanted = f"float32 [n, {', '.join(map(str, sample))}]"
+    if not isinstance(x, np.ndarray):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"input: {type(x).__name__} is not a NumPy array; pass {wanted}")
+    if x.dtype != np.float32:
+        raise ValueError(f"input: {x.dtype} is not float32; pass {wanted}, normalized as in training")
+    if x.ndim == 0 or x.shape[1:] != sample:
+        raise ValueError(f"input: shape {list(x.shape)} does not fit this program; pass {wanted}")
+    if not np.isfinite(x).all():
+        raise ValueError("input: it holds infinities or NaN; pass finite values")

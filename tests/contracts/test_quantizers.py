@@ -1,0 +1,257 @@
+"""Quantizers: what is trained is exactly what ``freeze`` says, and training can go on from anywhere."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from inspect import isabstract
+
+import pytest
+import torch
+from torch import Tensor
+
+import mixbits.methods
+import mixbits.quant
+from mixbits.core.grid import Codebook, dequantize, describe, quantize
+from mixbits.methods.mpdnn import LearnedWidth, as_parameters
+from mixbits.quant.observe import Recorder
+from mixbits.quant.quantizer import LearnedStep, Quantizer
+from strategies import UNIFORM_GRIDS
+
+# LearnedWidth rounds halves away from zero, as its paper does, a grid to even; between powers of two it halves
+# logarithms, where a grid compares with square roots. Values this near a threshold, in levels or octaves, are
+# left out.
+NEAR_A_TIE = 1e-3
+
+NOT_COVERED = {Recorder: "it watches values, has no grid, and is replaced before anything trains"}
+
+CODEBOOKS = (
+    Codebook(1, (-1, 2)),
+    Codebook(2, (0, 1, 4)),
+    Codebook(3, (-8, -4, -2, -1, 1, 2, 4, 8)),
+    Codebook(3, (0, 1, 2, 4), (0.7, 1.4, 2.8)),
+    Codebook(8, tuple(range(-128, 127, 3))),
+)
+
+
+def learned_step(grid) -> Callable[[], Quantizer]:
+    return lambda: LearnedStep(grid, torch.tensor(0.3), shared_by=100)
+
+
+def learned_width(parametrization, signed: bool, bits: int, q_max: float) -> Callable[[], Quantizer]:
+    step = q_max / (2 ** (bits - signed) - 1)
+    first, second = as_parameters(parametrization, step, q_max, bits)
+    least = 2 if signed or parametrization.startswith("p") else 1
+    return lambda: LearnedWidth(parametrization, first, second, signed=signed, least_bits=least)
+
+
+# A fixed grid with a learned step, and learned widths: on the grid (.875, 1) and off it (1.15).
+FIXED = {
+    f"step, {describe(grid)} {i}": learned_step(grid) for i, grid in enumerate(UNIFORM_GRIDS + CODEBOOKS)
+}
+LEARNED = {
+    f"{parametrization}, {'signed' if signed else 'unsigned'}, {bits} bit, {q_max}": learned_width(
+        parametrization, signed, bits, q_max
+    )
+    for parametrization in ("u1", "u2", "u3", "p1", "p2", "p3")
+    for signed in (True, False)
+    for bits, q_max in ((2, 1.0), (3, 1.15), (8, 0.875))
+}
+QUANTIZERS = FIXED | LEARNED
+
+each_quantizer = pytest.mark.parametrize("make", QUANTIZERS.values(), ids=QUANTIZERS)
+each_fixed = pytest.mark.parametrize("make", FIXED.values(), ids=FIXED)
+each_learned = pytest.mark.parametrize("make", LEARNED.values(), ids=LEARNED)
+
+
+def concrete(parent: type[Quantizer]) -> Iterator[type[Quantizer]]:
+    for child in parent.__subclasses__():
+        yield from concrete(child)
+        if not isabstract(child):
+            yield child
+
+
+def dense(quantizer: Quantizer) -> Tensor:
+    """Values from far below to far above every range: every level, every tie, and between."""
+    between = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 4
+    return torch.cat([torch.arange(-600, 600, 0.125), between]) * quantizer.freeze().step
+
+
+def without_ties(x: Tensor, step: Tensor) -> Tensor:
+    """The values that are not near the middle of two multiples, or powers of two, of ``step``."""
+    size = (x / step).abs()
+    octave = torch.log2(size.clamp_min(0.1))
+    return x[((size % 1 - 0.5).abs() > NEAR_A_TIE) & ((octave % 1 - 0.5).abs() > NEAR_A_TIE)]
+
+
+def reference(quantizer: Quantizer, x: Tensor) -> Tensor:
+    frozen = quantizer.freeze()
+    step = frozen.step.reshape(-1, *[1] * (x.dim() - 1)).numpy() if frozen.step.dim() else frozen.step.numpy()
+    return torch.from_numpy(dequantize(quantize(x.numpy(), step, frozen.grid), step, frozen.grid))
+
+
+def test_every_quantizer_class_is_under_this_contract():
+    for package in (mixbits.quant, mixbits.methods):
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+
+    found = {kind for kind in concrete(Quantizer) if kind.__module__.startswith("mixbits.")}
+
+    assert found == {type(make()) for make in QUANTIZERS.values()} | set(NOT_COVERED)
+
+
+@each_fixed
+def test_a_fixed_grid_computes_the_definition_ties_included(make):
+    quantizer = make().eval()
+    x = dense(quantizer)
+
+    assert torch.equal(quantizer(x), reference(quantizer, x))
+
+
+@each_learned
+def test_a_learned_width_computes_the_definition_but_for_ties(make):
+    quantizer = make().eval()
+    x = without_ties(dense(quantizer), quantizer.freeze().step)
+
+    assert torch.equal(quantizer(x), reference(quantizer, x))
+
+
+def test_a_step_per_channel_computes_the_definition():
+    generator = torch.Generator().manual_seed(0)
+    x, step = torch.randn(5, 3, 2, 2, generator=generator), torch.rand(5, 1, 1, 1, generator=generator) + 0.1
+    quantizer = LearnedStep(UNIFORM_GRIDS[0], step, shared_by=12)
+
+    assert quantizer.freeze().step.tolist() == step.flatten().tolist()
+    assert torch.equal(quantizer(x), reference(quantizer, x))
+
+
+@each_quantizer
+def test_every_output_is_a_value_of_the_frozen_grid(make):
+    quantizer = make().eval()
+    frozen = quantizer.freeze()
+    allowed = torch.tensor(frozen.grid.levels) * frozen.step
+
+    assert torch.isin(quantizer(dense(quantizer)), allowed).all()
+
+
+@each_quantizer
+def test_every_value_of_the_frozen_grid_is_an_output(make):
+    quantizer = make().eval()
+    frozen = quantizer.freeze()
+    allowed = torch.tensor(frozen.grid.levels) * frozen.step
+
+    assert torch.equal(quantizer(allowed), allowed)
+
+
+@each_quantizer
+def test_quantizing_twice_is_quantizing_once(make):
+    quantizer = make().eval()
+
+    once = quantizer(dense(quantizer))
+
+    assert torch.equal(quantizer(once), once)
+
+
+@each_quantizer
+def test_the_width_is_that_of_the_frozen_grid(make):
+    quantizer = make()
+    frozen = quantizer.freeze()
+
+    assert quantizer.bits().item() == frozen.grid.bits
+    assert quantizer.bits().dim() == 0
+    assert frozen.step.dtype == torch.float32
+    assert frozen.step.item() > 0
+
+
+@each_quantizer
+@pytest.mark.parametrize("place", [0.0, 1.0, 1.5, 1e4], ids=["zero", "the clip", "beyond", "far beyond"])
+def test_gradients_are_finite(make, place):
+    quantizer = make().train()
+    frozen = quantizer.freeze()
+    ends = torch.tensor([frozen.grid.level_min, frozen.grid.level_max]) * frozen.step
+    x = (place * ends).requires_grad_()
+
+    quantizer(x).sum().backward()
+
+    grads = [x.grad, *(p.grad for p in quantizer.parameters())]
+    assert all(torch.isfinite(grad).all() for grad in grads if grad is not None)
+
+
+@each_quantizer
+def test_every_parameter_learns_from_values_inside_and_beyond_the_range(make):
+    quantizer = make().train()
+    # Weights that differ, so that equal and opposite gradients of two values do not cancel.
+    x = dense(quantizer)
+    (quantizer(x) * torch.linspace(1, 2, len(x))).sum().backward()
+
+    silent = {name for name, p in quantizer.named_parameters() if p.grad is None or p.grad.abs().sum() == 0}
+    # Powers of two within a byte end at 4 bits: a wider width adds no level that values could learn from.
+    ended = (
+        isinstance(quantizer, LearnedWidth)
+        and quantizer.parametrization in ("p1", "p2")
+        and quantizer.bits() > 3
+    )
+    assert silent == ({"first"} if ended else set())
+
+
+@each_learned
+def test_gradient_of_the_width_reaches_the_parameters(make):
+    quantizer = make()
+    least = quantizer.bits().item() == quantizer.least_bits
+
+    quantizer.bits().backward()
+
+    grads = [p.grad.abs().item() for p in quantizer.parameters() if p.grad is not None]
+    # A width inferred from two ranges stops at the least one; a width parameter is held by its bounds.
+    assert (sum(grads) > 0) is (not least or quantizer.parametrization not in ("u3", "p3"))
+
+
+@each_fixed
+def test_a_fixed_width_has_no_gradient(make):
+    assert not make().bits().requires_grad
+
+
+@each_quantizer
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_values_of_two_bytes_are_rounded_in_float32(make, dtype):
+    quantizer = make().eval()
+    x = (torch.linspace(-3, 3, 301) * quantizer.freeze().step).to(dtype)
+
+    out = quantizer(x)
+
+    assert out.dtype == torch.float32
+    assert torch.equal(out, quantizer(x.float()))
+
+
+@each_quantizer
+def test_projection_keeps_what_is_legal(make):
+    quantizer = make()
+    before = {name: p.detach().clone() for name, p in quantizer.named_parameters()}
+
+    quantizer.project_()
+
+    assert all(torch.equal(p, before[name]) for name, p in quantizer.named_parameters())
+
+
+def test_a_step_that_an_update_made_negative_is_positive_again():
+    quantizer = LearnedStep(UNIFORM_GRIDS[0], torch.tensor([[0.1], [0.2]]), shared_by=2)
+    with torch.no_grad():
+        quantizer.step.copy_(torch.tensor([[-1.0], [0.2]]))
+
+    quantizer.project_()
+
+    assert (quantizer.step > 0).all()
+    assert torch.isfinite(quantizer(torch.tensor([[1.0], [-1.0]]))).all()
+
+
+def test_a_recorder_passes_values_on_and_keeps_an_even_sample():
+    recorder = Recorder(batches=2)
+    x = torch.arange(6.0).reshape(2, 3)
+
+    assert recorder(x) is x
+    recorder(x + 6)
+
+    assert recorder.values().tolist() == list(range(12))
+    with pytest.raises(ValueError, match="a recorder only watches values"):
+        recorder.freeze()
