@@ -22,8 +22,8 @@ FLOAT64_SUM = 1e-12
 # Landscape figures are printed with three or four digits.
 THREE_DIGITS = 5e-3
 
-# GBOPs of ResNet-20 (option A) as the literature counts them: MACs x weight bits x activation bits over all layers,
-# the first and the last layer included at `ends` bits.
+# GBOPs of ResNet-20 (option A) as the literature counts them: MACs x weight bits x activation bits over all
+# layers, the first and the last layer included at `ends` bits.
 RESNET20_GBOPS = {
     "float": (32, 32, 41.52),
     "8/8": (8, 8, 2.595),
@@ -113,8 +113,8 @@ def test_resnet20_has_its_published_numbers(resnet20):
     assert sum(op.macs for op in resnet20.ops) == 40_551_040
 
 
-# The paper counts the 10 biases of the linear layer with the weights (1048.23 KiB, 40 bytes more) and does not
-# count the pooled tensor of 64 values with the activations.
+# The paper counts the 10 biases of the linear layer with the weights (1048.23 KiB, 40 bytes more) and does
+# not count the pooled tensor of 64 values with the activations.
 @pytest.mark.parametrize(
     ("cost", "weights", "activations", "amount"),
     [

@@ -19,9 +19,9 @@ from mixbits.quant.observe import Recorder
 from mixbits.quant.quantizer import LearnedStep, Quantizer
 from strategies import UNIFORM_GRIDS
 
-# LearnedWidth rounds halves away from zero, as its paper does, a grid to even; between powers of two it halves
-# logarithms, where a grid compares with square roots. Values this near a threshold, in levels or octaves, are
-# left out.
+# LearnedWidth rounds halves away from zero, as its paper does, a grid to even; between powers of two it
+# halves logarithms, where a grid compares with square roots. Values this near a threshold, in levels or
+# octaves, are left out.
 NEAR_A_TIE = 1e-3
 
 NOT_COVERED = {Recorder: "it watches values, has no grid, and is replaced before anything trains"}

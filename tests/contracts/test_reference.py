@@ -279,7 +279,7 @@ def test_pools_of_codes_are_pools_of_their_values():
     x, t = Codes(levels, STEP, grid), torch.from_numpy(levels.astype(np.float32) * STEP)
     pooled = run("max_pool", x, kernel=[3, 3], stride=[2, 2], padding=[1, 1], dilation=[1, 1], ceil=False)
     assert np.array_equal(pooled.floats(), F.max_pool2d(t, 3, 2, 1).numpy())
-    window = {"kernel": [3, 3], "stride": [2, 2], "padding": [1, 1]}
+    window: dict[str, Any] = {"kernel": [3, 3], "stride": [2, 2], "padding": [1, 1]}
     close(
         run("avg_pool", x, **window, ceil=False, include_pad=False, divisor=None),
         F.avg_pool2d(t, 3, 2, 1, False, False),

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,14 +70,16 @@ def test_summary_holds_float_uniform_and_mixed_with_the_same_keys(finished: Path
 
 def test_packed_model_predicts_what_the_training_graph_predicts(finished: Path) -> None:
     ran = json.loads((finished / "summary.json").read_text())["runtime"]
-    rounding_ties_allowed = 1  # of 360 images: float32 sums of the training graph may round a tie the other way
+    # Of 360 images: float32 sums of the training graph may round a tie the other way.
+    rounding_ties_allowed = 1
     assert ran["images"] - ran["same_prediction_as_training_graph"] <= rounding_ties_allowed
 
 
 def test_run_does_not_import_torch(finished: Path) -> None:
     code = (
         "import sys; from mixbits.cli.main import main; "
-        f"assert main(['run', {str(finished / 'model.mixbits')!r}, '--data', 'digits', '--images', '40']) == 0; "
+        f"arguments = ['run', {str(finished / 'model.mixbits')!r}, '--data', 'digits', '--images', '40']; "
+        "assert main(arguments) == 0; "
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -87,8 +90,9 @@ def test_run_does_not_import_torch(finished: Path) -> None:
 def test_stages_one_by_one_give_the_result_of_fit(finished: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "quick.toml"
     recipe.write_text(
-        'network = "mixbits.zoo:digits_cnn"\ndata = "digits"\nbudget = "weights=3bit,act_max=384B"\nthreads = 1\n'
-        "pins = { input = 8 }\n[float_training]\nepochs = 2\nlr = 0.05\n[mpdnn]\nepochs = 2\n[finetune]\nepochs = 2\n"
+        'network = "mixbits.zoo:digits_cnn"\ndata = "digits"\nbudget = "weights=3bit,act_max=384B"\n'
+        "threads = 1\npins = { input = 8 }\n[float_training]\nepochs = 2\nlr = 0.05\n"
+        "[mpdnn]\nepochs = 2\n[finetune]\nepochs = 2\n"
     )
     out = tmp_path / "staged"
     assert main(["learn", str(recipe), "--out", str(out)]) == 0
@@ -115,7 +119,10 @@ def test_finetune_takes_a_policy_written_by_hand(finished: Path, tmp_path: Path)
 
 
 BAD = {
-    "infeasible budget": (["--budget", "weights=1KiB"], ["cannot be met", "weights=1KiB", "4.61 KiB", "18.45 KiB"]),
+    "infeasible budget": (
+        ["--budget", "weights=1KiB"],
+        ["cannot be met", "weights=1KiB", "4.61 KiB", "18.45 KiB"],
+    ),
     "unknown unit": (["--budget", "weights=70KiX"], ["unknown unit 'KiX'", "KiB"]),
     "unknown limit": (["--budget", "wieghts=70KiB"], ["unknown limit 'wieghts'", "weights"]),
     "unknown pin": (
@@ -174,7 +181,8 @@ def test_network_that_cannot_be_captured_names_the_line(
 ) -> None:
     source = tmp_path / "branching.py"
     source.write_text(
-        "from torch import nn\n\n\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "from torch import nn\n\n\nclass Net(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n"
         "        self.fc = nn.Linear(64, 10)\n\n    def forward(self, x):\n        if x.sum() > 0:\n"
         "            x = -x\n        return self.fc(x.flatten(1))\n\n\ndef net():\n    return Net()\n"
     )
@@ -271,9 +279,9 @@ def read(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def wait_for(condition: object, process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     end = time.monotonic() + 120
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < end
         time.sleep(0.01)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import struct
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -278,7 +279,7 @@ def leaves(entry, path=()):
 
 def mutate_json(entry, draw: random.Random):
     """One to three entries changed, dropped, repeated, or exchanged for each other."""
-    entry = json.loads(json.dumps(entry))
+    entry = deepcopy(entry)
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         *path, last = draw.choice(list(leaves(entry)))
         holder = entry
@@ -290,15 +291,15 @@ def mutate_json(entry, draw: random.Random):
         elif kind < 0.15:
             del holder[last]
         elif kind < 0.3 and isinstance(holder, list):
-            holder.insert(draw.randrange(len(holder) + 1), holder[last])
+            holder.insert(draw.randrange(len(holder) + 1), deepcopy(holder[last]))
         elif kind < 0.5:
             *others, other = draw.choice(list(leaves(entry)))
             source = entry
             for key in others:
                 source = source[key]
-            holder[last] = json.loads(json.dumps(source[other]))
+            holder[last] = deepcopy(source[other])
         else:
-            holder[last] = draw.choice(VALUES)
+            holder[last] = deepcopy(draw.choice(VALUES))
     return entry
 
 

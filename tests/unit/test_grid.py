@@ -34,7 +34,8 @@ LEVELS = {
     "3 bit unsigned": (Uniform(3, signed=False), (0, 1, 2, 3, 4, 5, 6, 7)),
 }
 
-# (value / step, level), by hand. Ties go to even levels; a bipolar grid has odd levels only, there to even codes.
+# (value / step, level), by hand. Ties go to even levels; a bipolar grid has odd levels only, there to even
+# codes.
 ROUNDING = {
     "signed ties": (Uniform(3, signed=True), [-2.5, -1.5, -0.5, 0.5, 1.5, 2.5], [-2, -2, 0, 0, 2, 2]),
     "unsigned ties": (Uniform(2, signed=False), [0.5, 1.5, 2.5], [0, 2, 2]),

@@ -225,7 +225,8 @@ def test_at_the_range_itself_the_gradient_goes_to_the_range():
 
 
 def test_a_rounded_up_step_of_u2_never_needs_more_codes_than_the_width_has():
-    # 4 bit and q_max 1: the step is pow2(1/7) = 1/8, and 1 would be its 8th multiple, one more than 4 bits hold.
+    # 4 bit and q_max 1: the step is pow2(1/7) = 1/8, and 1 would be its 8th multiple, one more than 4 bits
+    # hold.
     made = quantizer("u2", 4.0, 1.0, signed=True)
 
     values, _, _, dsecond = gradients(made, [-2.0, 0.9, 2.0])
@@ -280,8 +281,9 @@ def test_the_size_penalty_and_its_limited_gradients_are_the_reference_ones():
     sites = [Site(name, "weight", (n,), signed=True, readers=()) for name, n in (("a", 1000), ("b", 2000))]
     profile, budget = Profile((1,), tuple(sites), (), (), 0), parse_budget("weights=1KiB")
     made = {"a": quantizer("u3", 0.2, 0.75, signed=True), "b": quantizer("u3", 0.1, 0.9, signed=True)}
-    # The paper's 0.1 is per (KiB above the limit)**2; `strength` is per (70.1 x relative excess)**2, because the
-    # paper's limit is 70.1 KiB. With a limit of 1 KiB, 0.1 * (excess in KiB)**2 is a strength of 0.1 / 70.1**2.
+    # The paper's 0.1 is per (KiB above the limit)**2; `strength` is per (70.1 x relative excess)**2, because
+    # the paper's limit is 70.1 KiB. With a limit of 1 KiB, 0.1 * (excess in KiB)**2 is a strength of 0.1 /
+    # 70.1**2.
     bits = {site: q.bits() for site, q in made.items()}
 
     penalty = squared_excess(profile, bits, budget, strength=0.1 / 70.1**2, activation_strength=0.0)
@@ -486,7 +488,8 @@ def test_any_projected_parameters_give_a_grid_of_at_most_the_widest_width(
 def test_only_u3_finds_a_low_error_on_normal_samples_without_oscillation():
     """The paper's experiment of figure 3; the wanted numbers are from a run of the same formulas elsewhere.
 
-    Not compared is the error of u2 there, .00511: with it the rounded-up step may use more codes than the width has.
+    Not compared is the error of u2 there, .00511: with it the rounded-up step may use more codes than the
+    width has.
     """
     x = torch.randn(10_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
     starts: dict[Parametrization, tuple[float, float]] = {

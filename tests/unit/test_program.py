@@ -12,6 +12,7 @@ from mixbits.core.grid import Uniform, grid_to_json
 from mixbits.core.program import Instruction, PackedWeight, Program, last_reads
 from mixbits.pack.bits import pack
 from mixbits.runtime import Executor
+from mixbits.runtime.values import floats_of
 
 SIGNED = Uniform(3, signed=True)
 QUANTIZE = Instruction(
@@ -43,7 +44,11 @@ def program(*steps: Instruction, **changes) -> Program:
         "y",
         steps or (QUANTIZE, CONV, MEAN),
         {"conv.weight": PackedWeight((2, 3, 3, 3), SIGNED, pack(CODES, 3))},
-        {"step": np.float32(0.25), "scale": np.ones(2, np.float32), "bias": np.zeros(2, np.float32)},
+        {
+            "step": np.array(0.25, np.float32),
+            "scale": np.ones(2, np.float32),
+            "bias": np.zeros(2, np.float32),
+        },
     )
     return replace(whole, **changes)
 
@@ -148,4 +153,4 @@ def test_values_are_freed_after_their_last_read():
     executor = Executor(program())
     x = np.ones((2, 3, 4, 4), np.float32)
     assert set(executor.trace(x)) == {"input", "codes", "maps", "y"}
-    assert np.array_equal(executor(x), executor.trace(x)["y"])
+    assert np.array_equal(executor(x), floats_of(executor.trace(x)["y"]))

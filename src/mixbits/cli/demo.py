@@ -15,7 +15,7 @@ RECIPE = Path(__file__).with_name("demo.toml")
 
 @dataclass(frozen=True)
 class Demo:
-    """Train a small network on handwritten digits, learn its widths at equal bytes, pack it, run it, report on it."""
+    """Train a small network on handwritten digits, learn its widths at equal bytes, pack, run and report."""
 
     out: Path = Path("runs/demo")  # folder of the run
     resume: bool = False  # go on with the run in that folder

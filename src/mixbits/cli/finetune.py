@@ -7,4 +7,9 @@ from mixbits.cli.stage import run_stage
 
 def main(arguments: list[str]) -> None:
     """Run this stage of a run."""
-    run_stage("finetune", "Train a network at the widths of its folder's policy.json, or of --policy.", ("float", "finetune"), arguments)
+    run_stage(
+        "finetune",
+        "Train a network at the widths of its folder's policy.json, or of --policy.",
+        ("float", "finetune"),
+        arguments,
+    )

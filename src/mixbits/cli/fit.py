@@ -7,7 +7,9 @@ import sys
 from mixbits.cli.options import parse_recipe
 from mixbits.cli.session import run_stages
 
-ABOUT = "Learn the widths of a trained network within a budget, train at them, pack the model and report on it."
+ABOUT = (
+    "Learn the widths of a trained network within a budget, train at them, pack the model and report on it."
+)
 
 
 def main(arguments: list[str]) -> None:

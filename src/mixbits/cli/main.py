@@ -43,26 +43,31 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         sys.stdout.write(usage())
         return 0
-    if arguments[0] == "--version":
+    command, rest = arguments[0], arguments[1:]
+    if command == "--version":
         sys.stdout.write(f"mixbits {mixbits.__version__}\n")
         return 0
-    command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
         sys.stderr.write(f"mixbits: unknown command {command!r}; known are {', '.join(COMMANDS)}\n")
         return USAGE_ERROR
+    return run_command(command, rest)
+
+
+def run_command(command: str, arguments: list[str]) -> int:
+    """The exit code of a command; errors that the user can mend become one message."""
     try:
-        importlib.import_module(f"mixbits.cli.{command}").main(rest)
+        importlib.import_module(f"mixbits.cli.{command}").main(arguments)
     except KeyboardInterrupt as interrupt:
         sys.stderr.write(f"\nmixbits {command}: stopped. {interrupt}\n")
         return INTERRUPTED
     except BrokenPipeError:
-        return 0  # the reader of our output has left
+        pass  # the reader of our output has left
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("MIXBITS_TRACEBACK"):
             raise
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        remedy = " Free some disk space; a run goes on with --resume." if full else ""
-        sys.stderr.write(f"mixbits {command}: error: {error}.{remedy}\n" if full else f"mixbits {command}: error: {error}\n")
+        remedy = ". Free some disk space; a run goes on with --resume." if full else ""
+        sys.stderr.write(f"mixbits {command}: error: {error}{remedy}\n")
         return USAGE_ERROR
     return 0
 

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from mixbits.fit.recipe import AnyRecipe, Recipe, recipe_from_dict, recipe_type, read_toml, to_dict
+from mixbits.fit.recipe import AnyRecipe, Recipe, read_toml, recipe_from_dict, recipe_type, to_dict
 
 
 def parse_recipe(command: str, about: str, arguments: list[str]) -> tuple[AnyRecipe, Path, bool]:
-    """The recipe, the run's folder and whether to resume. Options on the command line win over the TOML file."""
+    """The recipe (options given here win over the TOML file), the run's folder, and whether to resume."""
     toml = next((word for word in arguments if word.endswith(".toml") and not word.startswith("-")), "")
     entries = read_toml(Path(toml)) if toml else {}
     method = _given(arguments, "--method") or str(entries.get("method", Recipe.method))

@@ -24,7 +24,8 @@ NAMES = {
 def words(row: Row) -> str:
     """The figures of a row.
 
-    >>> words({"loss": 0.5, "train_top1": 90.0, "avg_weight_bits": 2.5, "avg_act_bits": 4.0, "used": {"weights": 1.03}})
+    >>> row = {"loss": 0.5, "train_top1": 90.0, "avg_weight_bits": 2.5, "avg_act_bits": 4.0}
+    >>> words({**row, "used": {"weights": 1.03}})
     'loss 0.500  train 90.0 %  W 2.50 bit  A 4.00 bit  weights 103 % of limit'
     """
     parts = []
@@ -62,7 +63,7 @@ def _bar(bars: Progress) -> Callable[[Row], None]:
     figures: dict[str, dict[str, Any]] = {}
 
     def show(row: Row) -> None:
-        stage = row["stage"]
+        stage: str = row["stage"]
         if "note" in row:
             bars.console.print(f"{NAMES.get(stage, stage)}: {row['note']}")
         if "steps" not in row:

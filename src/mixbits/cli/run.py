@@ -12,7 +12,6 @@ import tyro
 
 from mixbits.data.dataset import with_normalization
 from mixbits.data.open import open_dataset
-from mixbits.pack.artifact import read_program
 from mixbits.runtime.executor import Executor
 
 
@@ -35,7 +34,8 @@ def main(arguments: list[str]) -> None:
     if tuple(dataset.input_shape) != executor.program.input_shape:
         raise ValueError(
             f"{chosen.model} takes inputs of shape {executor.program.input_shape}, {chosen.data} has "
-            f"{tuple(dataset.input_shape)}; use the data set that the model was made for ({about.get('dataset')})"
+            f"{tuple(dataset.input_shape)}; use the data set that the model was made for "
+            f"({about.get('dataset')})"
         )
     if about.get("mean") and about.get("std"):
         dataset = with_normalization(dataset, tuple(about["mean"]), tuple(about["std"]))

@@ -31,10 +31,10 @@ WORDS = {
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets, so that the loop saves and leaves; the second one stops at once."""
+    """An event set by the first Ctrl-C, so that the loop saves and leaves; the second one stops at once."""
     stop = threading.Event()
 
-    def handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    def handle(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
@@ -47,9 +47,7 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def run_stages(
-    recipe: AnyRecipe, out: Path, *, resume: bool, stages: Iterable[str] = tuple(STAGES)
-) -> None:
+def run_stages(recipe: AnyRecipe, out: Path, *, resume: bool, stages: Iterable[str] = tuple(STAGES)) -> None:
     """Run stages that are not done yet; after all of them write summary and report, and print the table."""
     if recipe.threads:
         torch.set_num_threads(recipe.threads)

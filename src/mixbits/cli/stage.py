@@ -23,8 +23,10 @@ class Existing:
 
 
 def run_stage(command: str, about: str, stages: tuple[str, ...], arguments: list[str]) -> None:
-    """Run stages in a run's folder, whose recipe is used, or start a new run from a recipe on the command line."""
-    if any(word in ("-h", "--help") for word in arguments) or any(word.endswith(".toml") for word in arguments):
+    """Run stages in a run's folder, by its recipe, or start a new run from a recipe on the command line."""
+    if any(word in ("-h", "--help") for word in arguments) or any(
+        word.endswith(".toml") for word in arguments
+    ):
         recipe, out, resume = parse_recipe(command, about, arguments)
         run_stages(recipe, out, resume=resume, stages=stages)
         return

@@ -25,7 +25,7 @@ AVERAGES = {"weights": "weight_bits", "act": "act_bits"}
 
 @dataclass(frozen=True)
 class Limit:
-    """One limit: the cost's name, the most that may be used (bytes, bits or operations), and the words of the user."""
+    """One limit: the cost's name, the most that may be used (bytes, bits or operations), the user's words."""
 
     cost: str
     asked: float
@@ -92,7 +92,8 @@ def _parse_limit(text: str) -> Limit:
     if unit not in known:
         extra = " or bit (average width)" if key in AVERAGES else ""
         raise ValueError(
-            f"unknown unit {unit!r} in {text!r}; {name} is given in {', '.join(u or '(none)' for u in known)}{extra}"
+            f"unknown unit {unit!r} in {text!r}; {name} is given in "
+            f"{', '.join(u or '(none)' for u in known)}{extra}"
         )
     try:
         value = float(number)

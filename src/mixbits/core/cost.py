@@ -1,8 +1,8 @@
 """Costs: what a choice of widths uses. One formula each, for two number types.
 
-Widths are given as ``{site name: bits}``. With Python integers a cost is exact, byte for byte what the packed file
-holds; with (differentiable) torch scalars the same sum is a penalty's argument, and bytes are not rounded up.
-A new cost is one function with the ``@cost`` line above it.
+Widths are given as ``{site name: bits}``. With Python integers a cost is exact, byte for byte what the packed
+file holds; with (differentiable) torch scalars the same sum is a penalty's argument, and bytes are not
+rounded up. A new cost is one function with the ``@cost`` line above it.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def act_peak_bytes(profile: Profile, bits: Bits) -> Any:
 
 
 def computed_activations(profile: Profile) -> list[Any]:
-    """Activation sites except the network's input, which its caller owns; the input alone if there is no other."""
+    """Activation sites except the network's input, which its caller owns; the input if there is no other."""
     return [site for site in profile.activations if site.name != "input"] or list(profile.activations)
 
 

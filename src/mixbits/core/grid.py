@@ -1,13 +1,15 @@
 """Grids: the finite sets of values that a tensor may take, and the definition of rounding onto them.
 
-Everything that quantizes in mixbits (training, packing, the reference runtime, exports) means what this file says.
-A value is ``step * level``; a *code* is the unsigned integer ``0 .. 2**bits - 1`` that is stored for a level.
+Everything that quantizes in mixbits (training, packing, the reference runtime, exports) means what this file
+says. A value is ``step * level``; a *code* is the unsigned integer ``0 .. 2**bits - 1`` that is stored for a
+level.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from itertools import pairwise
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +28,8 @@ def level_count(bits: int) -> int:
 class Uniform:
     """Equally spaced levels ``level_min .. level_max``; code 0 is the lowest level.
 
-    ``form`` is ``full`` (two's complement; unsigned: from 0), ``narrow`` (symmetric, one code unused) or ``bipolar``
-    (odd integers, DoReFa's grid: one bit is -1/+1).
+    ``form`` is ``full`` (two's complement; unsigned: from 0), ``narrow`` (symmetric, one code unused) or
+    ``bipolar`` (odd integers, DoReFa's grid: one bit is -1/+1).
 
     >>> Uniform(2, signed=True).levels, Uniform(2, signed=True, form="narrow").levels
     ((-2, -1, 0, 1), (-1, 0, 1))
@@ -80,8 +82,8 @@ class Uniform:
 class Codebook:
     """Any increasing levels of one byte (signed or unsigned): power-of-two grids and learned levels.
 
-    ``edges[i]`` is the threshold (in steps) at and above which a value belongs to level ``i + 1`` rather than ``i``;
-    by default the midpoints, so that the nearest level is taken.
+    ``edges[i]`` is the threshold (in steps) at and above which a value belongs to level ``i + 1`` rather than
+    ``i``; by default the midpoints, so that the nearest level is taken.
 
     >>> Codebook(2, levels=(-4, -1, 1, 4)).edges
     (-2.5, 0.0, 2.5)
@@ -99,7 +101,7 @@ class Codebook:
             raise ValueError(
                 f"{len(levels)} levels do not fit {self.bits} bits (2 to {level_count(self.bits)})"
             )
-        if any(a >= b for a, b in zip(levels, levels[1:], strict=False)):
+        if any(a >= b for a, b in pairwise(levels)):
             raise ValueError(f"levels must increase strictly, got {levels}")
         lowest, highest = (-half_byte, half_byte - 1) if levels[0] < 0 else (0, 2 * half_byte - 1)
         if levels[0] < lowest or levels[-1] > highest:
@@ -107,7 +109,7 @@ class Codebook:
                 f"levels must fit one byte ({lowest} .. {highest}), got {levels[0]} .. {levels[-1]}"
             )
         if not self.edges:
-            midpoints = tuple((a + b) / 2 for a, b in zip(levels, levels[1:], strict=False))
+            midpoints = tuple((a + b) / 2 for a, b in pairwise(levels))
             object.__setattr__(self, "edges", midpoints)
         between = zip(levels, self.edges, levels[1:], strict=False)
         if len(self.edges) != len(levels) - 1 or not all(a < e <= b for a, e, b in between):
@@ -133,7 +135,7 @@ Grid: TypeAlias = Uniform | Codebook
 
 
 def uniform_range(bits: int, level_max: int, *, signed: bool) -> Grid:
-    """The grid ``-level_max .. level_max`` (unsigned: from 0) in ``bits`` bits, whether or not it uses all codes.
+    """The grid ``-level_max .. level_max`` (unsigned: from 0) in ``bits`` bits, all codes used or not.
 
     >>> uniform_range(3, 3, signed=True), uniform_range(3, 2, signed=True).levels
     (Uniform(bits=3, signed=True, form='narrow'), (-2, -1, 0, 1, 2))
@@ -147,8 +149,8 @@ def uniform_range(bits: int, level_max: int, *, signed: bool) -> Grid:
 def quantize(x: NDArray[np.float32], step: NDArray[np.float32] | float, grid: Grid) -> NDArray[np.uint8]:
     """Codes of the levels nearest to ``x / step``, saturated to ``grid``; ties to even levels.
 
-    ``step`` is a positive float32 scalar or broadcasts against ``x``. The division is done in float32: this is the
-    definition that native kernels must equal exactly.
+    ``step`` is a positive float32 scalar or broadcasts against ``x``. The division is done in float32: this
+    is the definition that native kernels must equal exactly.
 
     >>> quantize(np.float32([0.26, -9.0]), 0.5, Uniform(4, signed=True)).tolist()
     [9, 0]
@@ -195,24 +197,30 @@ def grid_from_json(entry: Any) -> Grid:
     """
     if not isinstance(entry, dict):
         raise ValueError(f"a grid is an object such as {{'bits': 4, 'signed': true}}, got {entry!r}")
-    known = {"bits", "levels", "edges"} if "levels" in entry else {"bits", "signed", "form"}
-    unknown = set(entry) - known
-    if unknown or "bits" not in entry:
-        raise ValueError(f"a grid has the keys {sorted(known)}, got {sorted(entry)}")
-    bits = entry["bits"]
+    fields = cast("dict[str, Any]", entry)  # keys of JSON are strings
+    known = {"bits", "levels", "edges"} if "levels" in fields else {"bits", "signed", "form"}
+    unknown = set(fields) - known
+    if unknown or "bits" not in fields:
+        raise ValueError(f"a grid has the keys {sorted(known)}, got {sorted(fields)}")
+    bits = fields["bits"]
     if isinstance(bits, bool) or not isinstance(bits, int):
         raise ValueError(f"bits must be an integer, got {bits!r}")
-    if "levels" in entry:
-        levels, edges = entry["levels"], entry.get("edges", [])
-        if not (isinstance(levels, list) and all(type(v) is int for v in levels)):
+    if "levels" in fields:
+        levels, edges = fields["levels"], fields.get("edges", [])
+        if not _is_list_of(levels, int):
             raise ValueError("levels must be a list of integers")
-        if not (isinstance(edges, list) and all(type(v) in (int, float) for v in edges)):
+        if not _is_list_of(edges, int, float):
             raise ValueError("edges must be a list of numbers")
         return Codebook(bits, tuple(levels), tuple(float(v) for v in edges))
-    signed, form = entry.get("signed", True), entry.get("form", "full")
+    signed, form = fields.get("signed", True), fields.get("form", "full")
     if not isinstance(signed, bool):
         raise ValueError(f"signed must be true or false, got {signed!r}")
     return Uniform(bits, signed, form)
+
+
+def _is_list_of(value: Any, *types: type) -> bool:
+    """Whether a JSON value is a list of exactly these types: ``True`` is no integer."""
+    return isinstance(value, list) and all(type(item) in types for item in cast("list[Any]", value))
 
 
 def describe(grid: Grid) -> str:

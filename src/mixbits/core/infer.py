@@ -156,7 +156,8 @@ def reshape(inputs: Sequence[Spec], attrs: Attrs, scope: Scope) -> Spec:
 
 def permute(inputs: Sequence[Spec], attrs: Attrs, scope: Scope) -> Spec:
     """Dimensions in another order."""
-    shape, dims = inputs[0].shape, attrs["dims"]
+    shape = inputs[0].shape
+    dims: list[int] = attrs["dims"]
     _need(
         sorted(dims) == list(range(len(shape))),
         f"{dims} does not order the {len(shape)} dimensions of its input",
@@ -166,7 +167,8 @@ def permute(inputs: Sequence[Spec], attrs: Attrs, scope: Scope) -> Spec:
 
 def slice_(inputs: Sequence[Spec], attrs: Attrs, scope: Scope) -> Spec:
     """Elements start, start + step, ... below stop of one dimension."""
-    shape, dim = list(inputs[0].shape), _dim(attrs["dim"], inputs[0].shape)
+    shape: list[int] = list(inputs[0].shape)
+    dim = _dim(attrs["dim"], inputs[0].shape)
     shape[dim] = len(range(attrs["start"], min(attrs["stop"], shape[dim]), attrs["step"]))
     return Spec(tuple(shape), inputs[0].grid)
 
@@ -224,9 +226,8 @@ def upsample(inputs: Sequence[Spec], attrs: Attrs, scope: Scope) -> Spec:
     sizes = _spatial(inputs[0], attrs["size"])
     grid = None if "align_corners" in attrs else inputs[0].grid
     scope.bound(math.prod(inputs[0].shape[: -len(sizes)]) * max(sizes) * max(attrs["size"]))
-    scope.bound(
-        max(a * b for a, b in zip(sizes, attrs["size"], strict=True))
-    )  # the matrices that interpolate
+    # The matrices that interpolate.
+    scope.bound(max(a * b for a, b in zip(sizes, attrs["size"], strict=True)))
     return Spec((*inputs[0].shape[: -len(sizes)], *attrs["size"]), grid)
 
 

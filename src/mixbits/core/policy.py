@@ -1,4 +1,4 @@
-"""Policy: a grid for every site. The only thing, besides weights, that finetuning, lowering and exports read."""
+"""Policy: a grid for every site; besides weights all that finetuning, lowering and exports read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mixbits.core.grid import Grid, grid_from_json, grid_to_json
 from mixbits.core.profile import Profile, unknown_site
@@ -29,7 +29,7 @@ class Policy:
         return {name: grid.bits for name, grid in self.grids.items()}
 
     def check(self, profile: Profile) -> None:
-        """Raise ``ValueError`` unless the policy gives a fitting grid to every site of ``profile`` and to no other."""
+        """Raise ``ValueError`` unless every site of ``profile``, and no other, has a grid that fits it."""
         names = [site.name for site in profile.sites]
         for name, grid in self.grids.items():
             if name not in names:
@@ -41,8 +41,8 @@ class Policy:
         missing = [name for name in names if name not in self.grids]
         if missing:
             raise ValueError(
-                f"the policy gives no width to {len(missing)} of {len(names)} sites, the first is {missing[0]!r}; "
-                "add an entry for each (`mixbits profile` lists all sites)"
+                f"the policy gives no width to {len(missing)} of {len(names)} sites, the first is "
+                f"{missing[0]!r}; add an entry for each (`mixbits profile` lists all sites)"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -56,16 +56,16 @@ class Policy:
 
 def policy_from_json(entry: Any) -> Policy:
     """The policy of a parsed JSON object; raises ``ValueError`` naming the site at fault."""
-    if not isinstance(entry, dict) or entry.get("format") != "mixbits-policy":
+    fields = cast("dict[str, Any]", entry) if isinstance(entry, dict) else {}
+    if fields.get("format") != "mixbits-policy":
         raise ValueError('not a policy: an object with "format": "mixbits-policy" is expected')
-    if entry.get("version") != 1:
-        raise ValueError(
-            f"policy version {entry.get('version')!r} is not known here; this mixbits reads version 1"
-        )
-    if not isinstance(entry.get("sites"), dict):
+    version, sites = fields.get("version"), fields.get("sites")
+    if version != 1:
+        raise ValueError(f"policy version {version!r} is not known here; this mixbits reads version 1")
+    if not isinstance(sites, dict):
         raise ValueError('a policy has an object "sites": {site name: grid}')
     grids: dict[str, Grid] = {}
-    for name, grid in entry["sites"].items():
+    for name, grid in cast("dict[str, Any]", sites).items():
         try:
             grids[name] = grid_from_json(grid)
         except ValueError as error:

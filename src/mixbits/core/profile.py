@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,7 @@ class Profile:
     sites: tuple[Site, ...]
     ops: tuple[Op, ...]
     values: tuple[Value, ...]
-    stored_floats: (
-        int  # float32 constants beside the weights: scales, biases, steps, constants of float operations
-    )
+    stored_floats: int  # float32 constants beside the weights: scales, biases, steps, of float operations
 
     def site(self, name: str) -> Site:
         """The site of that name; the error of an unknown one lists the nearest names."""
@@ -97,6 +95,11 @@ def unknown_site(name: str, known: list[str]) -> ValueError:
     )
 
 
+def _field(value: Any) -> Any:
+    """A JSON value with its list as the tuple that it was written from."""
+    return tuple(cast("list[Any]", value)) if isinstance(value, list) else value
+
+
 def profile_from_json(text: str) -> Profile:
     """The profile of a JSON text written from :meth:`Profile.to_json`."""
     entry = json.loads(text)
@@ -104,9 +107,7 @@ def profile_from_json(text: str) -> Profile:
         raise ValueError("not a mixbits profile of version 1")
 
     def rows(kind: type, key: str) -> tuple[Any, ...]:
-        return tuple(
-            kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}) for row in entry[key]
-        )
+        return tuple(kind(**{k: _field(v) for k, v in row.items()}) for row in entry[key])
 
     return Profile(
         tuple(entry["input_shape"]),

@@ -1,4 +1,4 @@
-"""Stages of a run. Each reads what the stages before it left in the run folder, and is skipped if it is done."""
+"""Stages of a run: each reads what those before it left in the run folder, and is skipped if it is done."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ Row = Mapping[str, Any]
 class Run:
     """One run: its recipe, its folder, and the things that stages share, made when first needed."""
 
-    def __init__(self, recipe: AnyRecipe, path: Path, watch: Callable[[Row], None], stop: threading.Event) -> None:
+    def __init__(
+        self, recipe: AnyRecipe, path: Path, watch: Callable[[Row], None], stop: threading.Event
+    ) -> None:
         """``watch`` gets every row of metrics and notes; ``stop`` asks the loop to save and leave."""
         self.recipe, self.folder, self.stop = recipe, RunFolder(path), stop
         self._tell = watch
@@ -52,7 +54,9 @@ class Run:
         """The data set, normalized as the recipe says."""
         dataset = open_dataset(self.recipe.data)
         if self.recipe.mean or self.recipe.std:
-            return with_normalization(dataset, self.recipe.mean or dataset.mean, self.recipe.std or dataset.std)
+            return with_normalization(
+                dataset, self.recipe.mean or dataset.mean, self.recipe.std or dataset.std
+            )
         return dataset
 
     @cached_property
@@ -64,8 +68,10 @@ class Run:
     @cached_property
     def model(self) -> nn.Module:
         """The user's network with its trained weights."""
-        torch.manual_seed(self.recipe.seed)  # noqa: TID251  modules initialize from torch's global generator
-        return build_network(self.recipe.network, classes=len(self.dataset.classes), weights=self.recipe.weights)
+        torch.manual_seed(self.recipe.seed)
+        return build_network(
+            self.recipe.network, classes=len(self.dataset.classes), weights=self.recipe.weights
+        )
 
     @cached_property
     def graph(self) -> QuantGraph:
@@ -88,7 +94,9 @@ class Run:
     def result(self, stage: str) -> dict[str, Any]:
         """The result of a stage; the error of a missing one names the command that makes it."""
         if not self.done(stage):
-            raise ValueError(f"{self.folder.path}: the stage {stage!r} is not done yet; run it before this one")
+            raise ValueError(
+                f"{self.folder.path}: the stage {stage!r} is not done yet; run it before this one"
+            )
         return self.folder.read_json(f"stages/{stage}.json")
 
     def loop(self, stage: str) -> Loop:
@@ -97,7 +105,7 @@ class Run:
         path = self.folder / "checkpoints" / f"{stage}.pt"
         checkpoint = Checkpoint(path, signature(recipe), stop=self.stop)
         self._began[stage] = time.monotonic()
-        torch.manual_seed(recipe.seed)  # noqa: TID251  dropout draws from torch's global generator
+        torch.manual_seed(recipe.seed)
         return Loop(stage, self.device, recipe.compile, recipe.bf16, checkpoint, self.watch)
 
     def watch(self, row: Row) -> None:
@@ -115,10 +123,12 @@ class Run:
 
 
 def build_network(spec: str, *, classes: int, weights: str = "") -> nn.Module:
-    """The network of ``module:function``, with weights loaded; ``num_classes`` is passed to functions that take it."""
+    """The network of ``module:function`` with its weights; ``num_classes`` goes to functions that take it."""
     function = locate(spec)
     if not callable(function):
-        raise ValueError(f"network {spec!r} is a {type(function).__name__}, not a function that returns an nn.Module")
+        raise ValueError(
+            f"network {spec!r} is a {type(function).__name__}, not a function that returns an nn.Module"
+        )
     takes_classes = "num_classes" in inspect.signature(function).parameters
     model = function(num_classes=classes) if takes_classes else function()
     if not isinstance(model, nn.Module):
@@ -136,7 +146,8 @@ def start(run: Run, *, resume: bool) -> None:
             raise ValueError(f"--{name} is missing; see `mixbits fit --help`")
     if not recipe.weights and not recipe.float_training.epochs and recipe.network.startswith("mixbits.zoo"):
         raise ValueError(
-            "the networks of mixbits.zoo are untrained: give --weights FILE, or --float-training.epochs N to train first"
+            "the networks of mixbits.zoo are untrained: give --weights FILE, or --float-training.epochs N "
+            "to train first"
         )
     if recipe.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {recipe.device}: this torch sees no CUDA device; use --device cpu")
@@ -149,8 +160,8 @@ def start(run: Run, *, resume: bool) -> None:
             raise ValueError(f"{path} already holds a run; go on with --resume, or choose another --out")
         if run.folder.read_json("recipe.json") != to_dict(recipe):
             raise ValueError(
-                f"{path} was started with other options (see {path / 'recipe.json'}); resume with the same ones, "
-                "or choose another --out"
+                f"{path} was started with other options (see {path / 'recipe.json'}); "
+                "resume with the same ones, or choose another --out"
             )
         return
     if path.exists() and any(entry.name != ".lock" for entry in path.iterdir()):
@@ -193,7 +204,9 @@ def float_stage(run: Run) -> None:
             run.graph.module.parameters(), options.lr, options.momentum, weight_decay=options.weight_decay
         )
         loop = run.loop("float")
-        for _ in steps(run.graph, run.task, optimizer, loop, epochs=options.epochs, schedule=options.schedule):
+        for _ in steps(
+            run.graph, run.task, optimizer, loop, epochs=options.epochs, schedule=options.schedule
+        ):
             pass
     seconds = time.monotonic() - began
     run.graph.module.to(run.device)
@@ -204,13 +217,15 @@ def float_stage(run: Run) -> None:
 
 
 def uniform_stage(run: Run) -> None:
-    """The baseline: uniform widths under the same budget, from the same start, for the same number of epochs."""
+    """The baseline: uniform widths under the same budget, from the same start, for as many epochs."""
     if run.done("uniform") or not run.recipe.baseline:
         return
     began, recipe = time.monotonic(), run.recipe
-    policy, learned = learn(method_named("uniform")(), run.graph, run.task, recipe.target(), run.loop("uniform"))
+    policy, learned = learn(
+        method_named("uniform")(), run.graph, run.task, recipe.target(), run.loop("uniform")
+    )
     options = dataclasses.replace(recipe.finetune, epochs=recipe.finetune.epochs + method_of(recipe).epochs)
-    network = _finetuned(run, "uniform", learned.graph, policy, options)
+    network = _finetuned(run, "uniform", learned.graph, policy, options=options)
     result = measured(run, network, policy.bits, time.monotonic() - began)
     run.folder.write_json("policy_uniform.json", policy.to_json())
     write_tensors(run.folder, "uniform.safetensors", network.module.state_dict())
@@ -222,7 +237,9 @@ def learn_stage(run: Run) -> None:
     if run.done("learn"):
         return
     began = time.monotonic()
-    policy, learned = learn(method_of(run.recipe), run.graph, run.task, run.recipe.target(), run.loop("learn"))
+    policy, learned = learn(
+        method_of(run.recipe), run.graph, run.task, run.recipe.target(), run.loop("learn")
+    )
     network = {k: v for k, v in learned.graph.module.state_dict().items() if not k.startswith("quantizers.")}
     write_tensors(run.folder, "learned.safetensors", network)
     run.folder.write_json("policy.json", policy.to_json())
@@ -231,7 +248,9 @@ def learn_stage(run: Run) -> None:
         for site, frozen in learned.frozen.items()
     }
     asked = {site: float(bits) for site, bits in learned.bits.items()}
-    run.finish("learn", {"asked": asked, "frozen": steps_learned, "seconds": round(time.monotonic() - began, 1)})
+    run.finish(
+        "learn", {"asked": asked, "frozen": steps_learned, "seconds": round(time.monotonic() - began, 1)}
+    )
 
 
 def finetune_stage(run: Run) -> None:
@@ -249,7 +268,7 @@ def finetune_stage(run: Run) -> None:
             for site, entry in result["frozen"].items()
         }
         learning = result["seconds"]
-    network = _finetuned(run, "finetune", graph, policy, run.recipe.finetune, start_steps)
+    network = _finetuned(run, "finetune", graph, policy, options=run.recipe.finetune, start_steps=start_steps)
     write_tensors(run.folder, "finetuned.safetensors", network.module.state_dict())
     run.finish("finetune", measured(run, network, policy.bits, learning + time.monotonic() - began))
 
@@ -259,6 +278,7 @@ def _finetuned(
     stage: str,
     graph: QuantGraph,
     policy: Policy,
+    *,
     options: Finetune,
     start_steps: Mapping[str, Frozen] | None = None,
 ) -> QuantGraph:
@@ -314,7 +334,12 @@ def check_stage(run: Run) -> None:
     seconds = round(time.monotonic() - began, 1)
     run.finish(
         "check",
-        {"top1": 100 * correct / count, "images": count, "same_prediction_as_training_graph": same, "seconds": seconds},
+        {
+            "top1": 100 * correct / count,
+            "images": count,
+            "same_prediction_as_training_graph": same,
+            "seconds": seconds,
+        },
     )
 
 

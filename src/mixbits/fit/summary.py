@@ -102,7 +102,7 @@ def _sites(run: Run, program: Program) -> list[dict[str, Any]]:
 
 
 def stored_widths(program: Program) -> dict[str, int]:
-    """Width of every site as the packed model has it: of weights in the file, of activations as they are quantized."""
+    """Width of every site in the packed model: of weights as stored, of activations as quantized."""
     widths = {name: weight.grid.bits for name, weight in program.weights.items()}
     widths.update({i.name: i.attrs["grid"]["bits"] for i in program.instructions if i.op == "quantize"})
     return widths

@@ -34,7 +34,7 @@ def load_weights_(model: nn.Module, path: Path) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, or of a state dict saved by torch (with or without a ``state_dict`` entry)."""
+    """Tensors of a safetensors file, or of a state dict saved by torch (or its ``state_dict`` entry)."""
     if not path.is_file():
         raise ValueError(f"weights {path} do not exist")
     if path.suffix == ".safetensors":
@@ -46,8 +46,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types on files that are not its own
         raise ValueError(
-            f"{path} cannot be loaded safely ({type(error).__name__}); save the network's state_dict() with torch.save, "
-            "or as safetensors"
+            f"{path} cannot be loaded safely ({type(error).__name__}); save the network's state_dict() with "
+            "torch.save, or as safetensors"
         ) from None
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

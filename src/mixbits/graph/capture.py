@@ -1,4 +1,7 @@
-"""Capture: a trained ``nn.Module`` becomes a graph whose edges can be quantized. See docs/decisions/0001-capture.md."""
+"""Capture: a trained ``nn.Module`` becomes a graph whose edges can be quantized.
+
+See docs/decisions/0001-capture.md.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn, overrides
+from torch.fx.graph import CodeGen
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -28,32 +32,46 @@ TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 
 class CaptureError(ValueError):
-    """A network that cannot be captured; the message names the line at fault where there is one, and the remedy."""
+    """A network that cannot be captured; the message names the remedy, and the line at fault if known."""
 
 
 def capture_module(model: nn.Module, example: Tensor) -> fx.GraphModule:
     """``model`` as an ``fx.GraphModule`` of aten operations that still trains.
 
-    ``example`` is one batch of inputs, float ``[n, ...]``; only its shape and type matter. The result shares no
-    parameter with ``model``, has the same state-dict keys, takes any batch size, and follows ``train()``/``eval()``.
+    ``example`` is one batch of inputs, float ``[n, ...]``; only its shape and type matter. The result shares
+    no parameter with ``model``, has the same state-dict keys, takes any batch size, and follows
+    ``train()``/``eval()``; it comes in eval mode.
     """
-    model = copy.deepcopy(model)
-    was_training = model.training
-    model.eval()
+    model = copy.deepcopy(model).eval()
     if example.shape[0] < 2:
         example = torch.cat([example, example])
+    modal = _modal_modules(model)
+    _plain_dropout_(model)
     module = _export(model, example)
     _refuse_frozen_functional(module, model, example)
-    _lift_modal_(module, model)
+    _lift_modal_(module, modal)
     _drop_identities_(module.graph)
     _reshape_views_(module.graph)
     module.graph.eliminate_dead_code()
     _plain_signature_(module.graph)
     captured = fx.GraphModule(module, module.graph)
     _name_nodes_(captured)
-    captured.train(was_training)
     _check_same(model, captured, example)
     return captured
+
+
+def _modal_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modal modules by path; one that is used in two places has two."""
+    return {
+        path: child for path, child in model.named_modules(remove_duplicate=False) if isinstance(child, MODAL)
+    }
+
+
+def _plain_dropout_(model: nn.Module) -> None:
+    """Every kind of dropout becomes ``nn.Dropout``: torch.export leaves no trace of others in evaluation."""
+    for path, child in _modal_modules(model).items():
+        if isinstance(child, _DropoutNd):
+            model.set_submodule(path, nn.Dropout(child.p).eval())
 
 
 @contextmanager
@@ -70,7 +88,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _export(model: nn.Module, example: Tensor) -> fx.GraphModule:
-    """The exported module with a dynamic batch: not strict first, then strict (which understands ``len(x)``)."""
+    """The exported module, batch dynamic: not strict first, then strict (which understands ``len(x)``)."""
     failures: list[Exception] = []
     for strict in (False, True):
         try:
@@ -78,7 +96,7 @@ def _export(model: nn.Module, example: Tensor) -> fx.GraphModule:
                 program = torch.export.export(
                     model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=strict
                 )
-                return program.run_decompositions({}).module(check_guards=False)  # type: ignore[return-value]
+                return program.run_decompositions({}).module(check_guards=False)
         except Exception as error:  # torch.export raises many types
             failures.append(error)
     raise CaptureError(_explain(failures[0])) from failures[0]
@@ -95,10 +113,11 @@ def _explain(error: Exception) -> str:
             place = f"\n  {frame.filename}, line {frame.lineno}: {source}"
             break
     remedy = (
-        "Control flow that depends on tensor values cannot be captured: use torch.where or torch.cond, or move it out of "
-        "forward()."
+        "Control flow that depends on tensor values cannot be captured: use torch.where or torch.cond, "
+        "or move it out of forward()."
         if "data-dependent" in str(error).lower() or "GuardOnDataDependent" in type(error).__name__
-        else "The network must take one float tensor with the batch first, for any batch size, and be traceable by torch.export."
+        else "The network must take one float tensor with the batch first, for any batch size, "
+        "and be traceable by torch.export."
     )
     return f"the network cannot be captured: {reason}{place}\n  {remedy}"
 
@@ -111,8 +130,8 @@ def _owner(node: fx.Node) -> str:
 
 
 def _refuse_frozen_functional(module: fx.GraphModule, model: nn.Module, example: Tensor) -> None:
-    """Functional batch norm would stay frozen and functional dropout would be lost: say so, name the remedy."""
-    modal = {name for name, child in model.named_modules() if isinstance(child, MODAL)}
+    """Functional batch norm would stay frozen, functional dropout be lost: say so, name the remedy."""
+    modal = _modal_modules(model)
     for node in module.graph.nodes:
         name = str(node.target)
         if node.op == "call_function" and "batch_norm" in name and _owner(node) not in modal:
@@ -126,7 +145,8 @@ def _refuse_frozen_functional(module: fx.GraphModule, model: nn.Module, example:
         training(example)
     if calls.places:
         raise CaptureError(
-            "functional dropout is lost when a network is captured; use an nn.Dropout module" + calls.places[0]
+            "functional dropout is lost when a network is captured; use an nn.Dropout module"
+            + calls.places[0]
         )
 
 
@@ -146,14 +166,13 @@ class _DropoutCalls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _lift_modal_(module: fx.GraphModule, model: nn.Module) -> None:
+def _lift_modal_(module: fx.GraphModule, modules: dict[str, nn.Module]) -> None:
     """Replace the operations of each modal module by a call of a module with its state."""
-    modules = dict(model.named_modules())
     graph = module.graph
     for node in list(graph.nodes):
         path = _owner(node)
         child = modules.get(path)
-        if node.op != "call_function" or not isinstance(child, MODAL) or "getitem" in str(node.target):
+        if node.op != "call_function" or child is None or "getitem" in str(node.target):
             continue
         parent, _, name = path.rpartition(".")
         holder = module.get_submodule(parent) if parent else module
@@ -175,7 +194,7 @@ def _plain_signature_(graph: fx.Graph) -> None:
         if len(results) != 1:
             raise CaptureError(f"the network returns {len(results)} tensors; mixbits needs one, the logits")
         output.args = (results[0],)
-    graph.set_codegen(fx.graph.CodeGen())
+    graph.set_codegen(CodeGen())
 
 
 IDENTITIES = {
@@ -189,13 +208,10 @@ IDENTITIES = {
 def _drop_identities_(graph: fx.Graph) -> None:
     """Remove operations that hand their input on: copies, and slices of everything."""
     for node in list(graph.nodes):
-        whole = (
-            node.target is torch.ops.aten.slice.Tensor
-            and (
-                node.args[2:3] in ((), (0,), (None,))
-                and (len(node.args) < 4 or node.args[3] is None or node.args[3] == sys.maxsize)
-                and node.args[4:] in ((), (1,))
-            )
+        whole = node.target is torch.ops.aten.slice.Tensor and (
+            node.args[2:3] in ((), (0,), (None,))
+            and (len(node.args) < 4 or node.args[3] is None or node.args[3] == sys.maxsize)
+            and node.args[4:] in ((), (1,))
         )
         if node.target in IDENTITIES or whole:
             node.replace_all_uses_with(node.args[0])
@@ -203,7 +219,10 @@ def _drop_identities_(graph: fx.Graph) -> None:
 
 
 def _reshape_views_(graph: fx.Graph) -> None:
-    """Views become reshapes, which do not depend on strides: dropped copies, quantizers and other types change those."""
+    """Views become reshapes, which do not depend on strides.
+
+    Dropped copies, quantizers and other types change strides.
+    """
     for target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
         for node in graph.find_nodes(op="call_function", target=target):
             node.target = torch.ops.aten.reshape.default

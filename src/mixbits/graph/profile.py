@@ -13,6 +13,8 @@ from mixbits.graph.sites import (
     MAC_OPS,
     SELECTIONS,
     VIEWS,
+    WEIGHT,
+    input_node,
     is_batch_norm,
     is_carrier,
     is_dropout,
@@ -43,7 +45,7 @@ def _op_names(macs: list[fx.Node]) -> dict[fx.Node, str]:
     names: dict[fx.Node, str] = {}
     taken: dict[str, int] = {}
     for node in macs:
-        name = str(node.args[1].meta["address"]).removesuffix(".weight")  # type: ignore[union-attr]
+        name = str(input_node(node, WEIGHT).meta["address"]).removesuffix(".weight")
         count = taken[name] = taken.get(name, -1) + 1
         names[node] = f"{name}.{count}" if count else name
     return names
@@ -55,22 +57,23 @@ def _sample_shape(node: fx.Node) -> tuple[int, ...]:
 
 
 def _site(name: str, node: fx.Node, names: dict[fx.Node, str], graph: fx.Graph) -> Site:
-    readers = [op for mac, op in names.items() if source(mac.args[0]) is node or mac.args[1] is node]  # type: ignore[arg-type]
+    readers = [op for mac, op in names.items() if source(input_node(mac)) is node or mac.args[WEIGHT] is node]
     kind = "weight" if node.op == "get_attr" else "activation"
     signed = True if kind == "weight" else is_signed(node)
     return Site(name, kind, _sample_shape(node), signed, tuple(readers))
 
 
 def _op(node: fx.Node, name: str) -> Op:
-    weight_shape = tuple(node.args[1].meta["val"].shape)  # type: ignore[union-attr]
+    weight = input_node(node, WEIGHT)
+    weight_shape = tuple(weight.meta["val"].shape)
     reduction = prod(weight_shape[1:])
     outputs = prod(_sample_shape(node))
     return Op(
         name,
         MAC_OPS[node.target],
         macs=outputs * reduction,
-        weight=node.args[1].meta["address"],  # type: ignore[union-attr]
-        input=source(node.args[0]).meta["address"],  # type: ignore[arg-type]
+        weight=weight.meta["address"],
+        input=source(input_node(node)).meta["address"],
         channels=weight_shape[0],
         reduction=reduction,
     )
@@ -85,7 +88,7 @@ def _fuses_into_reader(node: fx.Node) -> bool:
 
 
 def _values(graph: fx.Graph, site_of: dict[fx.Node, str]) -> tuple[Value, ...]:
-    """Tensors in memory with the moments between which they live. Views and fused values are not in memory."""
+    """Tensors in memory and the moments between which they live; views and fused values are not there."""
     order = {node: moment for moment, node in enumerate(graph.nodes)}
 
     def stored_at(node: fx.Node) -> int:
@@ -129,12 +132,12 @@ def _values(graph: fx.Graph, site_of: dict[fx.Node, str]) -> tuple[Value, ...]:
 def _stored_floats(graph: fx.Graph, sites: dict[str, fx.Node], macs: list[fx.Node]) -> int:
     """Float32 constants of the lowered network.
 
-    Two per output channel of every layer (scale and bias, with batch norm folded in), two per channel of a batch norm
-    that does not fold, one step per activation site, and all constants that float operations read.
+    Two per output channel of every layer (scale and bias, with batch norm folded in), two per channel of a
+    batch norm that does not fold, one step per activation site, and all constants that float operations read.
     """
-    folded = {folded_batch_norm(node) for node in macs}
+    folded = {norm for node in macs if (norm := folded_batch_norm(node)) is not None}
     biases = {arg for node in macs for arg in node.args[2:3] if isinstance(arg, fx.Node)}
-    count = sum(2 * node.args[1].meta["val"].shape[0] for node in macs)  # type: ignore[union-attr]
+    count = sum(2 * input_node(node, WEIGHT).meta["val"].shape[0] for node in macs)
     count += sum(1 for node in sites.values() if node.op != "get_attr")
     for node in graph.nodes:
         if is_batch_norm(node) and node not in folded:

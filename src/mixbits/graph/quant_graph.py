@@ -17,8 +17,8 @@ from mixbits.quant.quantizer import Quantizer
 class QuantGraph:
     """A captured network.
 
-    ``module`` is an ``fx.GraphModule`` with the user's parameter names; ``profile`` describes the network without
-    quantizers. Quantizers are submodules ``quantizers.<site>``, one a site, placed by :func:`put_`.
+    ``module`` is an ``fx.GraphModule`` with the user's parameter names; ``profile`` describes the network
+    without quantizers. Quantizers are submodules ``quantizers.<site>``, one a site, placed by :func:`put_`.
     """
 
     def __init__(self, module: fx.GraphModule, profile: Profile, site_nodes: Mapping[str, str]) -> None:
@@ -35,12 +35,9 @@ class QuantGraph:
         """The placed quantizers by site name."""
         if "quantizers" not in self.module._modules:
             return {}
-        modules = self.module.get_submodule("quantizers")
-        return {
-            site: modules.get_submodule(_key(site))
-            for site in self._site_nodes
-            if _key(site) in modules._modules
-        }  # type: ignore[misc]
+        placed = self.module.get_submodule("quantizers")._modules
+        quantizers = {site: placed.get(_key(site)) for site in self._site_nodes}
+        return {site: module for site, module in quantizers.items() if isinstance(module, Quantizer)}
 
     def node(self, site: str) -> fx.Node:
         """The graph node that computes (or holds) the tensor of a site."""
@@ -75,10 +72,12 @@ def quantizer_key(site: str, parameter: str) -> str:
 def capture(model: nn.Module, example: Tensor) -> QuantGraph:
     """Capture a trained network.
 
-    ``example`` is one batch of inputs, float ``[n, ...]``. Raises ``CaptureError`` (a ``ValueError``) naming the line
-    that cannot be captured.
+    ``example`` is one batch of inputs, float ``[n, ...]``. Raises ``CaptureError`` (a ``ValueError``) naming
+    the line that cannot be captured.
 
-    >>> graph = capture(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)), torch.zeros(1, 1, 4, 4))
+    >>> import torch
+    >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+    >>> graph = capture(model, torch.zeros(1, 1, 4, 4))
     >>> [site.name for site in graph.profile.sites]
     ['input', '0.weight', '1/relu', '3.weight']
     """
@@ -88,15 +87,16 @@ def capture(model: nn.Module, example: Tensor) -> QuantGraph:
 
 
 def put_(graph: QuantGraph, quantizers: Mapping[str, Quantizer]) -> None:
-    """Place a quantizer on each given site, replacing the one that is there; all readers see the quantized tensor."""
+    """Place a quantizer on each given site, replacing the one there; all readers see the quantized tensor."""
     module = graph.module
     if "quantizers" not in module._modules:
         module.quantizers = nn.ModuleDict()
+    holder = module.get_submodule("quantizers")
     for site, quantizer in quantizers.items():
         node, key = graph.node(site), _key(site)
-        placed = key in module.quantizers._modules  # type: ignore[union-attr]
+        placed = key in holder._modules
         quantizer.train(module.training)
-        module.quantizers[key] = quantizer  # type: ignore[index]
+        holder.add_module(key, quantizer)
         if placed:
             continue
         users = list(node.users)

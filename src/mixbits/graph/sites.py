@@ -1,13 +1,13 @@
 """Sites: which tensors of a captured network can be quantized. The table of operations lives here.
 
-A site is the weight of a convolution or linear layer, and every activation that such a layer or an average pool reads.
-Operations that only move values or pick among them (``CARRIERS``) are looked through, so that what is stored between
-two layers is codes and a tensor read twice has one quantizer.
+A site is the weight of a convolution or linear layer, and every activation that such a layer or an average
+pool reads. Operations that only move values or pick among them (``CARRIERS``) are looked through, so that
+what is stored between two layers is codes and a tensor read twice has one quantizer.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -24,6 +24,7 @@ MAC_OPS: dict[Any, str] = {
     aten.conv1d.padding: "conv1d",
     aten.linear.default: "linear",
 }
+WEIGHT = 1  # place of the weight among those inputs
 # Multiply-accumulate operations that exist in torch but have no integer rule here.
 NO_INTEGER_RULE = {
     "conv3d",
@@ -93,14 +94,25 @@ NEVER_NEGATIVE = {
 SIGN_KEEPING = VIEWS | POOLS | MAX_POOLS | SELECTIONS | {aten.add.Tensor, aten.mul.Tensor, aten.cat.default}
 
 
-def is_tensor(node: Any) -> bool:
+def is_tensor(node: Any) -> TypeGuard[fx.Node]:
     """Whether a node is a tensor (and not a size or a constant)."""
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def module_of(node: fx.Node) -> torch.nn.Module | None:
     """The module that a ``call_module`` node calls."""
-    return node.graph.owning_module.get_submodule(str(node.target)) if node.op == "call_module" else None  # type: ignore[union-attr]
+    if node.op != "call_module":
+        return None
+    captured = node.graph.owning_module
+    assert captured is not None, "a captured graph belongs to one module"
+    return captured.get_submodule(str(node.target))
+
+
+def input_node(node: fx.Node, index: int = 0) -> fx.Node:
+    """The node that computes (or holds) an argument that must be a tensor, such as a layer's weight."""
+    argument = node.args[index]
+    assert isinstance(argument, fx.Node), f"{node}: argument {index} is {argument!r}, not a tensor"
+    return argument
 
 
 def is_dropout(node: fx.Node) -> bool:
@@ -124,14 +136,14 @@ def is_zero_pad(node: fx.Node) -> bool:
 
 
 def is_carrier(node: fx.Node) -> bool:
-    """Whether every output value of a node is one of its input values or zero: codes pass through unchanged."""
+    """Whether every output value of a node is an input value or zero: codes pass through unchanged."""
     return node.target in VIEWS | MAX_POOLS or is_dropout(node) or is_zero_pad(node)
 
 
 def source(node: fx.Node) -> fx.Node:
     """The tensor that a chain of carriers starts from."""
     while is_carrier(node) and is_tensor(node.args[0]):
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node
 
 
@@ -164,7 +176,7 @@ def mac_nodes(graph: fx.Graph) -> list[fx.Node]:
             )
         if node.target not in MAC_OPS:
             continue
-        weight = node.args[1]
+        weight = node.args[WEIGHT]
         if not (isinstance(weight, fx.Node) and weight.op == "get_attr"):
             raise ValueError(
                 f"{node.meta['address']}: its weight is computed, not a parameter, so it cannot be packed. "
@@ -177,14 +189,14 @@ def mac_nodes(graph: fx.Graph) -> list[fx.Node]:
 
 
 def site_nodes(graph: fx.Graph) -> dict[str, fx.Node]:
-    """The node of every site, by name: activations in order of computation, each layer's weight after its input."""
+    """The node of every site, by name: activations in order of computation, weights after their inputs."""
     sites: dict[str, fx.Node] = {}
     macs = set(mac_nodes(graph))
     for node in graph.nodes:
         if node in macs or node.target in POOLS:
-            tensor = source(node.args[0])  # type: ignore[arg-type]
+            tensor = source(input_node(node))
             sites.setdefault(tensor.meta["address"], tensor)
         if node in macs:
-            weight = node.args[1]
-            sites.setdefault(weight.meta["address"], weight)  # type: ignore[union-attr]
+            weight = input_node(node, WEIGHT)
+            sites.setdefault(weight.meta["address"], weight)
     return sites

@@ -3,20 +3,25 @@
 Uhlich et al., "Mixed Precision DNNs: All you need is a good parametrization", ICLR 2020, arXiv 1905.11452.
 ``d`` is the step, ``q_max`` (``q_min``) the largest (smallest) magnitude, ``b`` the width.
 
-Deviation: widths above 8 bits are not packable, so ``project_`` keeps ``q_max`` within 8 bits of ``d`` (the paper's
-networks have a few layers of 9 and 10 bits). Power-of-two grids keep ``q_max / q_min`` within the levels of one byte.
+Deviation: widths above 8 bits are not packable, so ``project_`` keeps ``q_max`` within 8 bits of ``d`` (the
+paper's networks have a few layers of 9 and 10 bits). Power-of-two grids keep ``q_max / q_min`` within the
+levels of one byte.
 Deviation: activation ranges start from observed values (option ``activation_start="paper"`` gives the paper's
 data-free start): the paper's is made for batch-normalized ReLUs and does not know signed tensors.
-Deviation: the network's input is quantized like any other site unless it is pinned; the paper leaves it in float.
-Deviation: the bias of a linear layer stays float32, in the epilogue; the paper quantizes and counts it (10 values).
-Deviation: after the widths are learned they are rounded to the candidates, and finetuning goes on with learned float
-steps (per output channel for weights) at fixed widths; the paper trains one phase with power-of-two steps to the end.
-Deviation: the paper keeps the iterate that is best on the test set among those that meet the limits. A width under a
-limit never settles: at its threshold the task and the penalty push the step to and fro, and the power of two flips. Here
-the widths asked for are running means over about the last tenth of learning (fractions that rounding and repair
-respect), and batch-norm statistics are estimated anew at the end, because the running ones mix both sides of the flips.
-Deviation: weights and activations have a lambda each, as in those of the authors' configurations that use 1.0 for
-activations.
+Deviation: the network's input is quantized like any other site unless it is pinned; the paper leaves it in
+float.
+Deviation: the bias of a linear layer stays float32, in the epilogue; the paper quantizes and counts it (10
+values).
+Deviation: after the widths are learned they are rounded to the candidates, and finetuning goes on with
+learned float steps (per output channel for weights) at fixed widths; the paper trains one phase with
+power-of-two steps to the end.
+Deviation: the paper keeps the iterate that is best on the test set among those that meet the limits. A width
+under a limit never settles: at its threshold the task and the penalty push the step to and fro, and the power
+of two flips. Here the widths asked for are running means over about the last tenth of learning (fractions
+that rounding and repair respect), and batch-norm statistics are estimated anew at the end, because the
+running ones mix both sides of the flips.
+Deviation: weights and activations have a lambda each, as in those of the authors' configurations that use 1.0
+for activations.
 """
 
 from __future__ import annotations
@@ -38,7 +43,6 @@ from mixbits.quant.observe import mse_step
 from mixbits.quant.quantizer import Frozen, LearnedStep, Quantizer
 from mixbits.train.finetune import observe
 from mixbits.train.method import Learned, Method, Target, full_grid
-from mixbits.train.norms import reestimate_batch_norm_
 from mixbits.train.penalty import squared_excess
 from mixbits.train.steps import Loop, Schedule, steps
 from mixbits.train.task import Task
@@ -64,7 +68,10 @@ def clip(x: Tensor, low: Tensor | float, high: Tensor) -> Tensor:
 
 
 def uniform(x: Tensor, step: Tensor, q_max: Tensor, *, signed: bool) -> Tensor:
-    """Eq. (1): ``x`` limited to ``+-q_max`` (unsigned: ``0 .. q_max``) and rounded, half away from zero, to ``step``."""
+    """Eq. (1): ``x`` limited to ``+-q_max`` (unsigned: ``0 .. q_max``) and rounded to ``step``.
+
+    Ties go away from zero.
+    """
     return step * round_half_away(clip(x, -q_max if signed else 0.0, q_max) / step)
 
 
@@ -78,8 +85,8 @@ def power_of_two(x: Tensor, q_min: Tensor, q_max: Tensor, *, signed: bool) -> Te
     """Eq. (4): signed powers of two from ``q_min`` to ``q_max``, nearest on the log scale.
 
     Signed tensors have no zero level (0 becomes ``+q_min``); unsigned ones do, below ``q_min / sqrt(2)``.
-    Gradients, eqs. (5) and (6) with the sign that eq. (6) omits: to ``x`` the factor ``pow2(|x|) / |x|`` between the two,
-    to ``q_min`` and ``q_max`` the sign of ``x`` below and above.
+    Gradients, eqs. (5) and (6) with the sign that eq. (6) omits: to ``x`` the factor ``pow2(|x|) / |x|``
+    between the two, to ``q_min`` and ``q_max`` the sign of ``x`` below and above.
     """
     if not signed:
         x = torch.relu(x)
@@ -103,7 +110,7 @@ def power_of_two_bits(q_min: Tensor, q_max: Tensor, *, least: int) -> Tensor:
 
 
 def power_of_two_grid(bits: int, exponent: int, *, signed: bool) -> Codebook:
-    """Levels ``2**0 .. 2**exponent`` with their negatives, or with zero; thresholds at the geometric means."""
+    """Levels ``2**0 .. 2**exponent`` and their negatives, or zero; thresholds at the geometric means."""
     powers = [1 << k for k in range(exponent + 1)]
     halfway = [SQRT2 * power for power in powers[:-1]]
     if signed:
@@ -126,12 +133,16 @@ class Bounds:
 class LearnedWidth(Quantizer):
     """A quantizer of two learned scalars per tensor, in one of six parametrizations.
 
-    ``u1``: (b, d); ``u2``: (b, q_max); ``u3``: (d, q_max), all uniform with a power-of-two step. ``p1``: (b, q_max);
-    ``p2``: (b, q_min); ``p3``: (q_min, q_max), powers of two. ``first`` and ``second`` are the parameters in that order.
+    ``u1``: (b, d); ``u2``: (b, q_max); ``u3``: (d, q_max), all uniform with a power-of-two step. ``p1``: (b,
+    q_max); ``p2``: (b, q_min); ``p3``: (q_min, q_max), powers of two. ``first`` and ``second`` are the
+    parameters in that order.
 
-    Deviation: in ``u2`` the range is cut to ``(2**n - 1) * d`` where the rounded-up step would need more codes than the
-    width has. The scalars' bounds widen with the start where a tensor's values lie beyond the paper's.
+    Deviation: in ``u2`` the range is cut to ``(2**n - 1) * d`` where the rounded-up step would need more
+    codes than the width has. The scalars' bounds widen with the start where a tensor's values lie beyond the
+    paper's.
     """
+
+    mean_bits: Tensor  # running mean of the width, kept by the method
 
     def __init__(
         self,
@@ -164,7 +175,7 @@ class LearnedWidth(Quantizer):
         )
         self.first = nn.Parameter(torch.tensor(float(first)))
         self.second = nn.Parameter(torch.tensor(float(second)))
-        self.register_buffer("mean_bits", torch.tensor(float("nan")))  # running mean of the width, kept by the method
+        self.register_buffer("mean_bits", torch.tensor(float("nan")))
         self.project_()
 
     def ranges(self) -> tuple[Tensor, Tensor]:
@@ -229,9 +240,8 @@ class LearnedWidth(Quantizer):
             value.clamp_(low + margin, high - margin)
         if self.parametrization == "u3":
             magnitudes = level_count(self.most_bits - self.signed) - 1
-            self.second.clamp_(
-                max=float(pow2(self.first)) * (magnitudes + 0.49)
-            )  # rounds to `magnitudes` at most
+            whole = magnitudes + 0.49  # rounds to `magnitudes` at most
+            self.second.clamp_(max=float(pow2(self.first)) * whole)
         if self.parametrization == "p3":
             exponent = min(LARGEST_RATIO_EXPONENT, level_count(self.most_bits - 1) - 1)
             self.first.clamp_(min=float(pow2(self.second)) * 2.0**-exponent)
@@ -240,11 +250,13 @@ class LearnedWidth(Quantizer):
     def remember_bits_(self, share: float) -> None:
         """Move the running mean of the width towards the width by ``share`` of their distance."""
         bits = self.bits().detach()
-        self.mean_bits.copy_(torch.where(self.mean_bits.isnan(), bits, torch.lerp(self.mean_bits, bits, share)))
+        self.mean_bits.copy_(
+            torch.where(self.mean_bits.isnan(), bits, torch.lerp(self.mean_bits, bits, share))
+        )
 
     @torch.no_grad()
     def limit_gradients_(self, weight_decay: float) -> None:
-        """Add weight decay, then keep both gradients within ``+-first`` (the step, or ``q_min``), as the authors' code."""
+        """Add weight decay, then clamp gradients to ``+-first`` (step or ``q_min``), as the authors' code."""
         for value in (self.first, self.second):
             if value.grad is not None:
                 value.grad.add_(value, alpha=weight_decay)

@@ -36,7 +36,7 @@ from mixbits.pack.bits import packed_bytes, unpack
 
 FORMAT = "mixbits"
 VERSION = 1
-MAX_HEADER_BYTES = 2**25  # 32 MiB: a thousand instructions take about 300 KB
+MAX_HEADER_BYTES = 2**23  # 8 MiB: a thousand instructions take about 300 KB
 MAX_ABOUT_DEPTH = 32
 REMEDY = "Lower the network again, or fetch the file again."
 
@@ -166,7 +166,7 @@ def _tensors(path: Path) -> dict[str, NDArray[Any]]:
     """Tensors by name, uint8 and float32 only; the library checks offsets and sizes against the file."""
     kinds = {"U8": np.uint8, "F32": np.dtype("<f4")}
     try:
-        raw = cast(list[tuple[str, dict[str, Any]]], safetensors.deserialize(path.read_bytes()))
+        raw = cast(list[tuple[str, dict[str, Any]]], safetensors.deserialize(path.read_bytes()))  # pyright: ignore[reportUnknownMemberType]
     except safetensors.SafetensorError as error:
         _fail(f"it is damaged ({error})")
     found: dict[str, NDArray[Any]] = {}

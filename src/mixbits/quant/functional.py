@@ -29,7 +29,7 @@ def straight_through(path: Tensor, value: Tensor) -> Tensor:
     >>> y = straight_through(x, x.round()); y.backward(); (y.item(), x.grad.item())
     (1.0, 1.0)
     """
-    return _StraightThrough.apply(path, value.detach())  # type: ignore[return-value]
+    return _StraightThrough.apply(path, value.detach())
 
 
 def round_half_even(x: Tensor) -> Tensor:
@@ -63,10 +63,10 @@ def nearest_level(ratio: Tensor, grid: Grid) -> Tensor:
 
 
 def fake_quantize(x: Tensor, step: Tensor, grid: Grid) -> Tensor:
-    """``step * level`` nearest to ``x``, with the gradients of learned step sizes (LSQ eqs. (1)-(3), arXiv 1902.08153).
+    """``step * level`` nearest to ``x``, with the gradients of LSQ, eqs. (1)-(3) (arXiv 1902.08153).
 
-    ``x`` float ``[*]``, ``step`` positive, a scalar or ``[c, 1, ...]``. To ``x``: one inside the range, zero outside;
-    to ``step``: ``level - x / step`` inside, the level at the clip outside.
+    ``x`` float ``[*]``, ``step`` positive, a scalar or ``[c, 1, ...]``. To ``x``: one inside the range, zero
+    outside; to ``step``: ``level - x / step`` inside, the level at the clip outside.
 
     >>> from mixbits.core.grid import Uniform
     >>> fake_quantize(torch.tensor([0.26, -9.0]), torch.tensor(0.5), Uniform(4, signed=True)).tolist()

@@ -16,8 +16,10 @@ KEPT_VALUES = 65536  # values of one site kept for the search
 def mse_step(values: Tensor, grid: Grid) -> Tensor:
     """The step of least squared quantization error for each row.
 
-    ``values`` float ``[rows, n]``; returns ``[rows]``. Tried are equal fractions of the step that just avoids clipping.
+    ``values`` float ``[rows, n]``; returns ``[rows]``. Tried are equal fractions of the step that just avoids
+    clipping.
 
+    >>> from mixbits.core.grid import Uniform
     >>> mse_step(torch.tensor([[-1.0, 0.0, 1.0]]), Uniform(2, signed=True, form="narrow"))
     tensor([1.])
     """

@@ -43,10 +43,11 @@ class Quantizer(nn.Module, ABC):
 
 
 class LearnedStep(Quantizer):
-    """A fixed grid whose step is learned: LSQ (Esser et al. 2020, arXiv 1902.08153), the quantizer of finetuning.
+    """A fixed grid with a learned step: LSQ (Esser et al. 2020, arXiv 1902.08153), finetuning's quantizer.
 
-    ``step`` is ``[]`` or one per slice of the first dimension, ``[channels, 1, ...]``. The step's gradient is scaled by
-    ``1 / sqrt(n * level_max)``, with n the values that share the step (of one sample for activations), LSQ section 2.2.
+    ``step`` is ``[]`` or one per slice of the first dimension, ``[channels, 1, ...]``. The step's gradient is
+    scaled by ``1 / sqrt(n * level_max)``, with n the values that share the step (of one sample for
+    activations), LSQ section 2.2.
     """
 
     def __init__(self, grid: Grid, step: Tensor, *, shared_by: int) -> None:

@@ -44,12 +44,12 @@ def relu(x: Floats) -> Floats:
 
 def hardsigmoid(x: Floats) -> Floats:
     """clamp(x + 3, 0, 6) / 6."""
-    return np.clip(x + np.float32(3), np.float32(0), np.float32(6)) / np.float32(6)
+    return clamp(x + np.float32(3), low=0, high=6) / np.float32(6)
 
 
 def hardswish(x: Floats) -> Floats:
     """Product of x and clamp(x + 3, 0, 6) / 6, from left to right."""
-    return x * np.clip(x + np.float32(3), np.float32(0), np.float32(6)) / np.float32(6)
+    return x * clamp(x + np.float32(3), low=0, high=6) / np.float32(6)
 
 
 def clamp(x: Floats, *, low: float | None, high: float | None) -> Floats:

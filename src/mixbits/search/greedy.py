@@ -1,7 +1,7 @@
 """Greedy widths: bring a choice of widths into its budget, then spend what is left of it.
 
-The damage of a width is taken as the power of its rounding noise relative to the signal, ``4**-bits`` for every site
-(a step twice as wide has four times the noise power), unless the caller knows better.
+The damage of a width is taken as the power of its rounding noise relative to the signal, ``4**-bits`` for
+every site (a step twice as wide has four times the noise power), unless the caller knows better.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def noise_power(site: str, bits: float) -> float:
 
 @dataclass(frozen=True)
 class Choices:
-    """What may be chosen: widths of every site in rising order, and the groups of sites that share one width."""
+    """What may be chosen: widths of every site in rising order, and groups of sites that share one width."""
 
     widths: Mapping[str, tuple[int, ...]]
     groups: tuple[tuple[str, ...], ...]
@@ -45,7 +45,7 @@ def choices(
     ties: Sequence[Sequence[str]] = (),
     pins: Mapping[str, int] | None = None,
 ) -> Choices:
-    """Candidates of every site with pins and ties applied; raises ``ValueError`` for unknown sites and conflicts."""
+    """Candidates of every site after pins and ties; raises ``ValueError`` for unknown sites and conflicts."""
     names = [site.name for site in profile.sites]
     for name in [*(pins or {}), *(name for tie in ties for name in tie)]:
         if name not in names:
@@ -58,7 +58,7 @@ def choices(
     tied = {name for tie in ties for name in tie}
     groups = _joined(ties) + [(name,) for name in names if name not in tied]
     for group in groups:
-        common = tuple(sorted(set.intersection(*(set(widths[name]) for name in group))))
+        common = tuple(bits for bits in widths[group[0]] if all(bits in widths[name] for name in group))
         if not common:
             raise ValueError(
                 f"the tied sites {', '.join(group)} have no width in common; check pins and candidates"
@@ -105,9 +105,10 @@ def fit(
     *,
     fill: bool = True,
 ) -> dict[str, int]:
-    """``bits`` rounded to the allowed widths, narrowed until the budget holds, then (``fill``) widened while it does.
+    """``bits`` rounded to allowed widths, narrowed into the budget, then (``fill``) widened while it holds.
 
-    Each step takes the move of least damage for the excess it removes (or of most good for the budget it spends).
+    Each step takes the move of least damage for the excess it removes (or of most good for the budget it
+    spends).
     """
     check_feasible(profile, budget, allowed)
     capped = _capped(profile, budget, allowed)
@@ -157,9 +158,8 @@ def _best_move(
         used = {limit: limit.used(profile, moved) / limit.asked for limit in budget.limits}
         if down:
             freed = sum(used_now[limit] - max(used[limit], 1.0) for limit in used if used_now[limit] > 1.0)
-            value = (
-                freed + 1e-9
-            ) / change  # the small term picks the least damage when no single move frees anything
+            # The small term picks the least damage when no single move frees anything.
+            value = (freed + 1e-9) / change
         else:
             value = change / (sum(used[limit] - used_now[limit] for limit in used) + 1e-9)
         if value > best_value:

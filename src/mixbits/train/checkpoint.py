@@ -16,8 +16,8 @@ import torch
 class Checkpoint:
     """One stage's checkpoint file, and the file before it in case the newer one is unreadable.
 
-    ``signature`` names the network, data and recipe; a file with another one is refused. ``stop`` asks the loop to save
-    and leave after the current step.
+    ``signature`` names the network, data and recipe; a file with another one is refused. ``stop`` asks the
+    loop to save and leave after the current step.
     """
 
     path: Path
@@ -46,7 +46,8 @@ class Checkpoint:
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             temporary.unlink(missing_ok=True)
             raise OSError(
-                f"the checkpoint {self.path} could not be written ({error}); free some disk space and go on with --resume"
+                f"the checkpoint {self.path} could not be written ({error}); "
+                "free some disk space and go on with --resume"
             ) from error
         if self.path.exists():
             self.path.replace(self.previous)
@@ -54,7 +55,7 @@ class Checkpoint:
         self._saved_at = time.monotonic()
 
     def load(self) -> tuple[dict[str, Any] | None, str]:
-        """The newest readable state, or None; and a sentence for the user if the newest file was not the one used."""
+        """The newest readable state, or None; and a sentence for the user if the newest file was not used."""
         note = ""
         for path in (self.path, self.previous):
             if not path.exists():

@@ -32,9 +32,7 @@ class Finetune:
     schedule: Schedule = "cosine"
     distill: float = 0.0  # 0..1: share of the loss that imitates the float network
     temperature: float = 4.0  # of the distillation's softmax
-    norm_batches: int = (
-        50  # training batches that re-estimate batch-norm statistics at the end; 0 keeps the running ones
-    )
+    norm_batches: int = 50  # batches that re-estimate batch-norm statistics at the end; 0 keeps the old ones
 
 
 def finetune(
@@ -49,8 +47,9 @@ def finetune(
 ) -> QuantGraph:
     """A copy of ``graph`` trained with every site on its grid of ``policy``, in eval mode.
 
-    Weight steps are per output channel, chosen by squared error; activation steps are ``start``'s where it has them, else
-    chosen by squared error on training batches. ``teacher`` is the float network for distillation.
+    Weight steps are per output channel, chosen by squared error; activation steps are ``start``'s where it
+    has them, else chosen by squared error on training batches. ``teacher`` is the float network for
+    distillation.
 
     Raises ``ValueError`` if the policy does not fit the network, or if distillation lacks its teacher.
     """
@@ -125,12 +124,12 @@ def restore_policy(graph: QuantGraph, policy: Policy, state: Mapping[str, Tensor
 
 
 def rescaled_step(frozen: Frozen, level_max: int) -> Tensor:
-    """A learned step carried to another number of levels: the range stays if levels are fewer, the step if they are more."""
+    """A learned step carried to another number of levels: fewer keep the range, more keep the step."""
     return frozen.step * max(frozen.grid.level_max / max(level_max, 1), 1.0)
 
 
 def observe(graph: QuantGraph, sites: list[str], batches: Batches, device: torch.device) -> dict[str, Tensor]:
-    """A sample of the values at activation sites, over the first training batches; the graph is not changed."""
+    """A sample of the values at activation sites, over the first training batches; the graph is unchanged."""
     if not sites:
         return {}
     watched = graph.copy()

@@ -15,7 +15,7 @@ from mixbits.core.profile import Profile, Site
 from mixbits.graph.quant_graph import QuantGraph
 from mixbits.quant.quantizer import Frozen
 from mixbits.search.greedy import Choices, check_feasible, choices, fit, noise_power
-from mixbits.train.steps import PLAIN_LOOP, Loop
+from mixbits.train.steps import Loop
 from mixbits.train.task import Task
 
 ROUNDING_SLACK = 1e-6  # a learned width of 3.0000001 bits, a rounding error, is 3 bits
@@ -32,7 +32,7 @@ class Target:
     pins: Mapping[str, int] = field(default_factory=dict)
 
     def choices(self, profile: Profile) -> Choices:
-        """Allowed widths of every site; raises ``ValueError`` for unknown sites or if the budget is out of reach."""
+        """Allowed widths of every site; raises ``ValueError`` for unknown sites or a budget out of reach."""
         for bits in (*self.weight_bits, *self.activation_bits, *self.pins.values()):
             Uniform(bits, signed=False)  # raises for a width that does not exist
         allowed = choices(profile, self.weight_bits, self.activation_bits, ties=self.ties, pins=self.pins)
@@ -49,9 +49,9 @@ def full_grid(site: Site, bits: int) -> Grid:
 class Learned:
     """What a method returns: widths as it learned them, and the network it learned them with.
 
-    ``bits`` may be fractional or beyond the candidates: ``learn`` rounds up and repairs. ``grid_of(site, bits)`` is the
-    kind of grid the method wants at the final width. ``frozen`` are its learned steps, a start for
-    finetuning.
+    ``bits`` may be fractional or beyond the candidates: ``learn`` rounds up and repairs. ``grid_of(site,
+    bits)`` is the kind of grid the method wants at the final width. ``frozen`` are its learned steps, a start
+    for finetuning.
     """
 
     graph: QuantGraph
@@ -62,7 +62,7 @@ class Learned:
 
 
 class Method(ABC):
-    """A way to learn widths. Concrete methods are dataclasses, a file each; their fields are their options."""
+    """A way to learn widths: a concrete one is a dataclass in its own file, whose fields are its options."""
 
     paper: ClassVar[str]  # one line for `mixbits methods`
     epochs: int  # of training that `learn` uses; the rest of a run's epochs finetunes

@@ -12,7 +12,7 @@ from mixbits.train.task import Batches
 
 
 def reestimate_batch_norm_(graph: QuantGraph, batches: Batches, count: int, device: torch.device) -> None:
-    """Replace running statistics of batch norms by averages over ``count`` training batches at fixed weights."""
+    """Replace batch norms' running statistics by means over ``count`` training batches at fixed weights."""
     norms = [m for m in graph.module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     graph.module.eval()

@@ -12,8 +12,8 @@ from mixbits.core.cost import Bits
 from mixbits.core.profile import Profile
 
 # Uhlich et al. 2020 (arXiv 1905.11452) penalize 0.1 * (KiB above the limit)**2 on ResNet-20, whose limits
-# these are, and scale 0.1 by the square of the size for larger networks. Relative to the limit that is the same
-# number everywhere. Limits without a counterpart in the paper count like its limit on weights.
+# these are, and scale 0.1 by the square of the size for larger networks. Relative to the limit that is the
+# same number everywhere. Limits without a counterpart in the paper count like its limit on weights.
 PAPER_ACTIVATION_KIB = {"act_max": 8.1, "act_peak": 8.1, "act_sum": 92.1, "act_bits": 92.1}
 PAPER_WEIGHT_KIB = 70.1
 
@@ -23,8 +23,8 @@ def squared_excess(
 ) -> Tensor:
     """``sum_j lambda_j * (T_j * max(0, used_j / asked_j - 1))**2``, eq. (10) of Uhlich et al.
 
-    ``bits`` maps sites to scalar tensors or integers. ``T_j`` is the paper's limit of that kind in KiB, so that
-    the strengths are the paper's lambdas (0.1; for activations 0.1 or 1.0).
+    ``bits`` maps sites to scalar tensors or integers. ``T_j`` is the paper's limit of that kind in KiB, so
+    that the strengths are the paper's lambdas (0.1; for activations 0.1 or 1.0).
     """
     total: Any = torch.zeros(())
     for limit in budget.limits:

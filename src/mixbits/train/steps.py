@@ -26,7 +26,7 @@ class DivergedError(ValueError):
 
 @dataclass(frozen=True)
 class Loop:
-    """How loops run here: the machine, speed options, where to save and whom to tell. Not part of any method."""
+    """How loops run here: the machine, speed options, where to save and whom to tell; no part of a method."""
 
     stage: str = "train"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -86,11 +86,12 @@ def steps(
 ) -> Iterator[Step]:
     """Train ``graph`` in place for ``epochs``, yielding after every update with the gradients still readable.
 
-    ``loss(inputs, outputs, targets)`` replaces the task's loss, ``penalty()`` is added to it, ``before_update()`` runs
-    between backward and update (to limit gradients), ``measure()`` adds fields to the rows given to ``loop.watch``,
-    ``estimate_norms`` batches re-estimate batch-norm statistics of a copy before it is judged on held-out data.
-    Resumes from ``loop.checkpoint`` if it holds a state. Raises ``DivergedError`` when the loss is not finite, and
-    ``KeyboardInterrupt`` after saving when the checkpoint's ``stop`` is set.
+    ``loss(inputs, outputs, targets)`` replaces the task's loss, ``penalty()`` is added to it,
+    ``before_update()`` runs between backward and update (to limit gradients), ``measure()`` adds fields to
+    the rows given to ``loop.watch``, ``estimate_norms`` batches re-estimate batch-norm statistics of a copy
+    before it is judged on held-out data. Resumes from ``loop.checkpoint`` if it holds a state. Raises
+    ``DivergedError`` when the loss is not finite, and ``KeyboardInterrupt`` after saving when the
+    checkpoint's ``stop`` is set.
     """
     module, checkpoint, batches = graph.module.to(loop.device), loop.checkpoint, len(task.train)
     quantizers = [m for m in module.modules() if isinstance(m, Quantizer)]
@@ -100,11 +101,11 @@ def steps(
     forward = torch.compile(module, dynamic=False) if loop.compile else module
     for number in range(epoch, epochs):
         module.train()
-        for index, (inputs, targets) in enumerate(task.train.epoch(number, first, resumed_rng), first):
+        for index, batch in enumerate(task.train.epoch(number, first, resumed_rng), first):
             done = number * batches + index
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * learning_rate_factor(schedule, done / (epochs * batches))
-            inputs, targets = inputs.to(loop.device), targets.to(loop.device)  # noqa: PLW2901
+            inputs, targets = (part.to(loop.device) for part in batch)
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(loop.device.type, torch.bfloat16, enabled=loop.bf16):
                 outputs = forward(inputs).float()
@@ -171,7 +172,7 @@ def _state(
 def _resume_(
     graph: QuantGraph, task: Task, optimizer: torch.optim.Optimizer, loop: Loop
 ) -> tuple[int, int, dict[str, Any], Tensor | None]:
-    """Epoch, first batch, running sums and random state to go on with; from the start if there is no checkpoint."""
+    """Epoch, first batch, running sums and random state to go on with; the start without a checkpoint."""
     state, note = loop.checkpoint.load() if loop.checkpoint else (None, "")
     if note:
         loop.watch({"stage": loop.stage, "note": note})

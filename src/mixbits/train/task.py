@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +16,7 @@ from mixbits.data.dataset import ArraySamples, Dataset, Samples, split_held_out
 
 
 class Batches(Protocol):
-    """Batches ``(inputs float [n, ...], targets)`` that come again in the same order for the same epoch number."""
+    """Batches ``(inputs float [n, ...], targets)`` in the same order again for the same epoch number."""
 
     def __len__(self) -> int:
         """Batches of one epoch."""
@@ -67,8 +67,8 @@ class SampleBatches:
 class LoaderBatches:
     """Batches of the user's ``DataLoader``.
 
-    Its shuffling is made repeatable by seeding torch before each epoch; a loader with a generator of its own cannot be
-    resumed in the middle of a run bit for bit.
+    Its shuffling is made repeatable by seeding torch before each epoch; a loader with a generator of its own
+    cannot be resumed in the middle of a run bit for bit.
     """
 
     loader: DataLoader[Any]
@@ -104,13 +104,11 @@ class Task:
     held_out: Batches
     test: Batches
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
-    metric: Callable[[Tensor, Tensor], Tensor] = field(
-        default=count_correct
-    )  # summed over a batch; 100 is perfect
+    metric: Callable[[Tensor, Tensor], Tensor] = count_correct  # summed over a batch; 1 a sample is perfect
 
 
 def task_of(dataset: Dataset, *, batch_size: int = 128, held_out: float = 0.1, seed: int = 0) -> Task:
-    """The task of a data set; ``held_out`` is the fraction of the training set that decides and is not trained on."""
+    """A data set's task; ``held_out`` is the part of the training set that decides and is not trained on."""
     train, kept = split_held_out(dataset.train, held_out, seed)
     return Task(
         SampleBatches(train, batch_size, training=True, seed=seed),
@@ -131,12 +129,13 @@ def make_task(
     seed: int = 0,
     **options: Any,
 ) -> Task:
-    """A task from ``DataLoader``s or from ``(inputs, targets)`` arrays, float ``[n, ...]`` and integers ``[n]``.
+    """A task from ``DataLoader``s or ``(inputs, targets)`` arrays, float ``[n, ...]`` and integers ``[n]``.
 
-    Without ``held_out`` a tenth of the training arrays is kept; a ``DataLoader`` cannot be split, so then it must be given.
-    ``options`` are the ``loss`` and ``metric`` of :class:`Task`.
+    Without ``held_out`` a tenth of the training arrays is kept; a ``DataLoader`` cannot be split, so then it
+    must be given. ``options`` are the ``loss`` and ``metric`` of :class:`Task`.
 
-    >>> task = make_task((np.zeros((40, 1, 4, 4), np.float32), np.arange(40) % 4), (np.zeros((4, 1, 4, 4), np.float32), np.arange(4)))
+    >>> inputs, targets = np.zeros((40, 1, 4, 4), np.float32), np.arange(40) % 4
+    >>> task = make_task((inputs, targets), (inputs[:4], targets[:4]))
     >>> next(task.train.epoch(0))[0].shape
     torch.Size([36, 1, 4, 4])
     """
@@ -161,12 +160,12 @@ def make_task(
     )
 
 
-def _samples(source: Source) -> Samples:
+def _samples(source: Samples | tuple[Any, Any]) -> Samples:
     if isinstance(source, tuple):
         inputs, targets = (np.asarray(part) for part in source)
         channels = inputs.shape[1]
         return ArraySamples(inputs, targets, mean=(0.0,) * channels, std=(1.0,) * channels)
-    return source  # type: ignore[return-value]
+    return source
 
 
 @torch.no_grad()
