@@ -61,7 +61,9 @@ def main() -> None:
     chosen = options.parse_args()
     torch.set_num_threads(1)
     began = time.monotonic()
-    print(f"machine: {machine()}; date: {time.strftime('%Y-%m-%d')}; seeds: {chosen.seeds}; epochs: {chosen.epochs}\n")
+    print(
+        f"machine: {machine()}; date: {time.strftime('%Y-%m-%d')}; seeds: {chosen.seeds}; epochs: {chosen.epochs}\n"
+    )
     print("| parametrization | lr | random start, error % | float start, error % | diverged |")
     print("|---|---|---|---|---|")
     for parametrization in ("u1", "u2", "u3", "p1", "p2", "p3"):
@@ -72,7 +74,9 @@ def main() -> None:
                 for seed in range(chosen.seeds):
                     task = task_of(load_digits(), batch_size=64, seed=seed)
                     graph = float_network(seed, task, float_epochs)
-                    errors.append(error(graph, task, parametrization=parametrization, lr=lr, epochs=chosen.epochs))
+                    errors.append(
+                        error(graph, task, parametrization=parametrization, lr=lr, epochs=chosen.epochs)
+                    )
                 diverged += sum(value == DIVERGED for value in errors)
                 columns.append(f"{statistics.mean(errors):.2f} ({min(errors):.2f} to {max(errors):.2f})")
             print(f"| {parametrization} | {lr} | {columns[0]} | {columns[1]} | {diverged} |", flush=True)
