@@ -92,22 +92,14 @@ class Run:
                 checkpoint.stop.set()
 
         loop = Loop("learn", checkpoint=checkpoint, watch=watch)
-        measure = {"steps_so_far": self.step_sum}
         try:
-            for _ in steps(
-                self.graph,
-                task,
-                self.optimizer,
-                loop,
-                epochs=EPOCHS,
-                measure=lambda: {k: f() for k, f in measure.items()},
-            ):
+            for _ in steps(self.graph, task, self.optimizer, loop, epochs=EPOCHS, measure=self.measure):
                 pass
         except KeyboardInterrupt:
             self.stopped = True
 
-    def step_sum(self) -> float:
-        return sum(q.step.item() for q in self.graph.quantizers.values())
+    def measure(self) -> dict[str, float]:
+        return {"sum_of_steps": sum(q.step.item() for q in self.graph.quantizers.values())}
 
     def state(self) -> dict[str, Any]:
         return {"module": self.graph.module.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -168,13 +160,12 @@ def test_rows_tell_the_progress_and_the_ends_of_epochs(captured):
     assert [row["epoch"] for row in rows] == [(i + 1) / BATCHES for i in range(EPOCHS * BATCHES)]
     assert [row["ends_epoch"] for row in rows] == ([False] * (BATCHES - 1) + [True]) * EPOCHS
     assert [i for i, row in enumerate(rows) if "held_out_top1" in row] == [BATCHES - 1, 2 * BATCHES - 1]
-    assert [i for i, row in enumerate(rows) if "steps_so_far" in row] == [
+    assert [i for i, row in enumerate(rows) if "sum_of_steps" in row] == [
         0,
         BATCHES - 1,
         BATCHES,
         2 * BATCHES - 1,
     ]
-    # The mean loss of an epoch begins anew with it.
     assert rows[0]["lr"] == 0.1
     assert all(math.isfinite(row["loss"]) and 0 <= row["train_top1"] <= 100 for row in rows)
 
@@ -293,7 +284,6 @@ def test_a_penalty_that_is_infinite_stops_the_run_before_the_update(captured):
 
 def test_gradients_can_be_changed_before_the_update_and_read_after_it(captured):
     graph = captured.copy()
-    graph.module.requires_grad_(True)
     weight = graph.weight("0.weight")
     optimizer = torch.optim.SGD(graph.module.parameters(), lr=1.0)
     before = []
@@ -343,8 +333,7 @@ def test_two_loops_that_are_zipped_alternate(captured):
 
     def seeded(body) -> dict[str, Tensor]:
         graph = captured.copy()
-        graph.module.requires_grad_(True)
-        with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             body(graph)
         return graph.module.state_dict()
