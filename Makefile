@@ -15,6 +15,7 @@ help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-8s %s\n", $$1, $$2}'
 
 demo: .venv/.installed  ## quantize a small network from end to end; results in runs/demo
+	rm -rf runs/demo
 	$(BIN)/mixbits demo --out runs/demo
 
 test: .venv/.installed-dev  ## run the tests and the examples in docstrings

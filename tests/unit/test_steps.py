@@ -333,7 +333,7 @@ def test_two_loops_that_are_zipped_alternate(captured):
 
     def seeded(body) -> dict[str, Tensor]:
         graph = captured.copy()
-            with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             body(graph)
         return graph.module.state_dict()

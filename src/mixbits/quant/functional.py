@@ -55,7 +55,7 @@ def nearest_level(ratio: Tensor, grid: Grid) -> Tensor:
     """Level of ``grid`` that ``ratio`` (value / step) belongs to, as float; no gradient of its own."""
     if isinstance(grid, Codebook):
         edges = ratio.new_tensor(grid.edges)
-        return ratio.new_tensor(grid.levels)[torch.bucketize(ratio.detach(), edges, right=True)]
+        return ratio.new_tensor(grid.levels)[torch.bucketize(ratio.detach().contiguous(), edges, right=True)]
     if grid.form == "bipolar":
         low = grid.level_min
         return torch.clamp(2 * torch.round((ratio - low) / 2) + low, low, grid.level_max)

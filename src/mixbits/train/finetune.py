@@ -118,7 +118,7 @@ def restore_policy(graph: QuantGraph, policy: Policy, state: Mapping[str, Tensor
         step = state[quantizer_key(site.name, "step")]
         placed[site.name] = LearnedStep(policy.grids[site.name], step, shared_by=site.elements)
     put_(network, placed)
-    network.module.load_state_dict(dict(state))
+    network.module.cpu().load_state_dict(dict(state))
     network.module.eval()
     return network
 
