@@ -31,6 +31,8 @@ from mixbits.train.steps import Loop
 from mixbits.train.task import Task, evaluate, make_task
 
 CPU = torch.device("cpu")
+# Ten epochs at 3 bit brought the loss from 1.11 to 0.49: less than half.
+LEARNT = 0.75
 # Means of a few hundred float32 values, summed in another order.
 FLOAT32_MEAN = 1e-5
 
@@ -256,12 +258,12 @@ def test_finetuning_lowers_the_loss_and_leaves_the_given_network_alone(captured,
     start = place_policy(captured, policy, task.train)
     start.module.eval()
 
-    student = finetune(captured, policy, task, Finetune(epochs=3, lr=0.05), Loop("finetune"))
+    student = finetune(captured, policy, task, Finetune(epochs=10, lr=0.1), Loop("finetune"))
 
     assert not student.module.training
     assert (
         evaluate(student, task, task.train, CPU)["loss"]
-        < 0.9 * evaluate(start, task, task.train, CPU)["loss"]
+        < LEARNT * evaluate(start, task, task.train, CPU)["loss"]
     )
     assert all((quantizer.step > 0).all() for quantizer in student.quantizers.values())
     assert not torch.equal(student.quantizers["relu"].step, start.quantizers["relu"].step)
@@ -359,7 +361,7 @@ def test_distillation_leaves_the_teacher_as_it_is_and_pulls_towards_it(captured,
             captured,
             policy,
             task,
-            Finetune(epochs=2, lr=0.02, distill=distill),
+            Finetune(epochs=10, lr=0.1, distill=distill),
             Loop("finetune"),
             teacher=teacher,
         )
