@@ -1,42 +1,22 @@
-"""Costs: what a choice of widths uses. One formula each, for two number types.
+"""Costs: what a choice of widths uses. One definition each, for exact integers, gradients and solvers.
 
 Widths are given as ``{site name: bits}``. With Python integers a cost is exact, byte for byte what the packed
 file holds; with (differentiable) torch scalars the same sum is a penalty's argument, and bytes are not
-rounded up. A new cost is one function with the ``@cost`` line above it.
+rounded up; and its terms are what an integer program needs. A new cost is one function with the ``@cost``
+line above it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, TypeAlias
 
-from mixbits.core.profile import Profile
+from mixbits.core.profile import Profile, Site
 
 Bits: TypeAlias = Mapping[str, Any]  # int, or a scalar tensor
 FLOAT_BITS = 32
-
-
-@dataclass(frozen=True)
-class Cost:
-    """A named cost, its unit (``bytes``, ``bit`` or ``bop``) and its function."""
-
-    name: str
-    unit: str
-    of: Callable[[Profile, Bits], Any]
-
-
-COSTS: dict[str, Cost] = {}
-
-
-def cost(name: str, unit: str) -> Callable[[Callable[[Profile, Bits], Any]], Callable[[Profile, Bits], Any]]:
-    """Register a function as the cost ``name``."""
-
-    def register(function: Callable[[Profile, Bits], Any]) -> Callable[[Profile, Bits], Any]:
-        COSTS[name] = Cost(name, unit, function)
-        return function
-
-    return register
 
 
 def packed_bytes(elements: int, bits: Any) -> Any:
@@ -48,71 +28,141 @@ def packed_bytes(elements: int, bits: Any) -> Any:
     return -(-elements * bits // 8) if isinstance(bits, int) else elements * bits / 8
 
 
+@dataclass(frozen=True)
+class Term:
+    """A summand that depends on the widths of at most two sites.
+
+    ``count`` times the product of the widths, or with ``packed`` the bytes of ``count`` values of one width.
+    """
+
+    sites: tuple[str, ...]
+    count: int
+    packed: bool = False
+
+    def amount(self, *bits: Any) -> Any:
+        """The term at these widths, one for each of ``sites``."""
+        return packed_bytes(self.count, bits[0]) if self.packed else prod(bits, start=self.count)
+
+
+@dataclass(frozen=True)
+class Amount:
+    """The largest of some sums, over a divisor: the form that every cost has."""
+
+    sums: tuple[tuple[Term, ...], ...]
+    divisor: int = 1
+
+    def of(self, bits: Bits) -> Any:
+        """The amount at these widths."""
+        largest = max(
+            sum(term.amount(*(bits[site] for site in term.sites)) for term in terms) for terms in self.sums
+        )
+        return largest if self.divisor == 1 else largest / self.divisor
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A named cost, its unit (``bytes``, ``bit`` or ``bop``) and its terms for a network."""
+
+    name: str
+    unit: str
+    amount: Callable[[Profile], Amount]
+
+    def of(self, profile: Profile, bits: Bits) -> Any:
+        """What these widths use of it: a Python number for integers, a tensor for tensors."""
+        return self.amount(profile).of(bits)
+
+
+COSTS: dict[str, Cost] = {}
+
+
+def cost(name: str, unit: str) -> Callable[[Callable[[Profile], Amount]], Callable[[Profile], Amount]]:
+    """Register a function as the cost ``name``."""
+
+    def register(function: Callable[[Profile], Amount]) -> Callable[[Profile], Amount]:
+        COSTS[name] = Cost(name, unit, function)
+        return function
+
+    return register
+
+
 @cost("weights", "bytes")
-def weight_bytes(profile: Profile, bits: Bits) -> Any:
+def weight_bytes(profile: Profile) -> Amount:
     """Bytes of all packed weight tensors, as the file stores them; a weight read twice is stored once."""
-    return sum(packed_bytes(site.elements, bits[site.name]) for site in profile.weights)
+    return Amount((tuple(_packed(site) for site in profile.weights),))
 
 
 @cost("weight_bits", "bit")
-def average_weight_bits(profile: Profile, bits: Bits) -> Any:
+def average_weight_bits(profile: Profile) -> Amount:
     """Mean width over all weight values (not over layers)."""
-    return sum(s.elements * bits[s.name] for s in profile.weights) / sum(s.elements for s in profile.weights)
+    return _average(profile.weights)
 
 
 @cost("size", "bytes")
-def size_bytes(profile: Profile, bits: Bits) -> Any:
+def size_bytes(profile: Profile) -> Amount:
     """Bytes of everything stored: packed weights, and in float32 scales, biases, steps and other constants.
 
     The file's header (names, shapes, the list of instructions) comes on top.
     """
-    return weight_bytes(profile, bits) + FLOAT_BITS // 8 * profile.stored_floats
+    floats = Term((), FLOAT_BITS // 8 * profile.stored_floats)
+    return Amount(((floats, *(_packed(site) for site in profile.weights)),))
 
 
 @cost("bops", "bop")
-def bops(profile: Profile, bits: Bits) -> Any:
+def bops(profile: Profile) -> Amount:
     """Bit operations, MACs x weight bits x activation bits, over all layers, for one sample."""
-    return sum(op.macs * bits[op.weight] * bits[op.input] for op in profile.ops)
+    return Amount((tuple(Term((op.weight, op.input), op.macs) for op in profile.ops),))
 
 
 @cost("act_max", "bytes")
-def act_max_bytes(profile: Profile, bits: Bits) -> Any:
+def act_max_bytes(profile: Profile) -> Amount:
     """Bytes of the largest quantized activation that the network computes (its input is not counted)."""
-    return max(packed_bytes(s.elements, bits[s.name]) for s in computed_activations(profile))
+    return Amount(tuple((_packed(site),) for site in computed_activations(profile)))
 
 
 @cost("act_sum", "bytes")
-def act_sum_bytes(profile: Profile, bits: Bits) -> Any:
+def act_sum_bytes(profile: Profile) -> Amount:
     """Bytes of all quantized activations that the network computes (its input is not counted)."""
-    return sum(packed_bytes(s.elements, bits[s.name]) for s in computed_activations(profile))
+    return Amount((tuple(_packed(site) for site in computed_activations(profile)),))
 
 
 @cost("act_bits", "bit")
-def average_act_bits(profile: Profile, bits: Bits) -> Any:
+def average_act_bits(profile: Profile) -> Amount:
     """Mean width over the values of all quantized activations that the network computes."""
-    sites = computed_activations(profile)
-    return sum(s.elements * bits[s.name] for s in sites) / sum(s.elements for s in sites)
+    return _average(computed_activations(profile))
 
 
 @cost("act_peak", "bytes")
-def act_peak_bytes(profile: Profile, bits: Bits) -> Any:
+def act_peak_bytes(profile: Profile) -> Amount:
     """Most bytes alive at once while the network runs: input, codes and float values, batch 1."""
     last = max(value.last for value in profile.values)
-    return max(
-        sum(
-            packed_bytes(value.elements, FLOAT_BITS if value.site is None else bits[value.site])
-            for value in profile.values
-            if value.first <= moment <= value.last
+    return Amount(
+        tuple(
+            tuple(
+                Term((), packed_bytes(value.elements, FLOAT_BITS))
+                if value.site is None
+                else Term((value.site,), value.elements, packed=True)
+                for value in profile.values
+                if value.first <= moment <= value.last
+            )
+            for moment in range(last + 1)
         )
-        for moment in range(last + 1)
     )
 
 
-def computed_activations(profile: Profile) -> list[Any]:
+def computed_activations(profile: Profile) -> tuple[Site, ...]:
     """Activation sites except the network's input, which its caller owns; the input if there is no other."""
-    return [site for site in profile.activations if site.name != "input"] or list(profile.activations)
+    return tuple(site for site in profile.activations if site.name != "input") or profile.activations
 
 
 def float_bits(profile: Profile) -> dict[str, int]:
     """Widths of the unquantized network."""
     return {site.name: FLOAT_BITS for site in profile.sites}
+
+
+def _packed(site: Site) -> Term:
+    return Term((site.name,), site.elements, packed=True)
+
+
+def _average(sites: tuple[Site, ...]) -> Amount:
+    terms = tuple(Term((site.name,), site.elements) for site in sites)
+    return Amount((terms,), divisor=sum(site.elements for site in sites))

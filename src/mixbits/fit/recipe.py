@@ -9,7 +9,7 @@ import tomllib
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mixbits.core.budget import parse_budget
 from mixbits.methods import method_named
@@ -38,6 +38,9 @@ class Recipe:
     budget: str = ""  # limits, for example weights=70KiB,act_max=8KiB or weights=4bit or bops=0.5G
     method: str = "mpdnn"  # see `mixbits methods`
     weights: str = ""  # trained weights of the network: safetensors or a state dict
+    start: Literal["trained", "scratch"] = (
+        "trained"  # what learning starts from: the float network, or untrained values
+    )
     seed: int = 0
     batch_size: int = 128
     held_out: float = 0.1  # fraction of the training data that decides and is not trained on

@@ -30,8 +30,8 @@ from mixbits.pack.artifact import read_program, write_program
 from mixbits.quant.quantizer import Frozen
 from mixbits.runtime.executor import Executor
 from mixbits.train.checkpoint import Checkpoint
-from mixbits.train.finetune import Finetune, finetune, restore_policy
-from mixbits.train.method import learn
+from mixbits.train.finetune import finetune, restore_policy
+from mixbits.train.method import Method, learn
 from mixbits.train.steps import Loop, steps
 from mixbits.train.task import Task, evaluate, task_of
 
@@ -81,6 +81,15 @@ class Run:
             graph.module.load_state_dict(read_tensors(self.folder / "float.safetensors"))
         graph.module.eval()
         return graph
+
+    @cached_property
+    def origin(self) -> QuantGraph:
+        """The network that learning and the baseline start from: the float one, or one not trained at all."""
+        if self.recipe.start == "trained":
+            return self.graph
+        torch.manual_seed(self.recipe.seed)
+        untrained = build_network(self.recipe.network, classes=len(self.dataset.classes))
+        return capture(untrained, torch.zeros(2, *self.dataset.input_shape))
 
     @property
     def device(self) -> torch.device:
@@ -222,10 +231,12 @@ def uniform_stage(run: Run) -> None:
         return
     began, recipe = time.monotonic(), run.recipe
     policy, learned = learn(
-        method_named("uniform")(), run.graph, run.task, recipe.target(), run.loop("uniform")
+        method_named("uniform")(), run.origin, run.task, recipe.target(), run.loop("uniform")
     )
-    options = dataclasses.replace(recipe.finetune, epochs=recipe.finetune.epochs + method_of(recipe).epochs)
-    network = _finetuned(run, "uniform", learned.graph, policy, options=options)
+    epochs = recipe.finetune.epochs + method_of(recipe).epochs
+    network = _finetuned(
+        run, "uniform", learned.graph, policy, method=method_named("uniform")(), epochs=epochs
+    )
     result = measured(run, network, policy.bits, time.monotonic() - began)
     run.folder.write_json("policy_uniform.json", policy.to_json())
     write_tensors(run.folder, "uniform.safetensors", network.module.state_dict())
@@ -238,7 +249,7 @@ def learn_stage(run: Run) -> None:
         return
     began = time.monotonic()
     policy, learned = learn(
-        method_of(run.recipe), run.graph, run.task, run.recipe.target(), run.loop("learn")
+        method_of(run.recipe), run.origin, run.task, run.recipe.target(), run.loop("learn")
     )
     network = {k: v for k, v in learned.graph.module.state_dict().items() if not k.startswith("quantizers.")}
     write_tensors(run.folder, "learned.safetensors", network)
@@ -258,7 +269,7 @@ def finetune_stage(run: Run) -> None:
     if run.done("finetune"):
         return
     began, policy = time.monotonic(), run_policy(run)
-    graph, start_steps, learning = run.graph, {}, 0.0
+    graph, start_steps, learning = run.origin, {}, 0.0
     if run.done("learn"):
         result = run.result("learn")
         graph = run.graph.copy()
@@ -268,7 +279,9 @@ def finetune_stage(run: Run) -> None:
             for site, entry in result["frozen"].items()
         }
         learning = result["seconds"]
-    network = _finetuned(run, "finetune", graph, policy, options=run.recipe.finetune, start_steps=start_steps)
+    network = _finetuned(
+        run, "finetune", graph, policy, method=method_of(run.recipe), start_steps=start_steps
+    )
     write_tensors(run.folder, "finetuned.safetensors", network.module.state_dict())
     run.finish("finetune", measured(run, network, policy.bits, learning + time.monotonic() - began))
 
@@ -279,11 +292,24 @@ def _finetuned(
     graph: QuantGraph,
     policy: Policy,
     *,
-    options: Finetune,
+    method: Method,
+    epochs: int | None = None,
     start_steps: Mapping[str, Frozen] | None = None,
 ) -> QuantGraph:
-    teacher = run.graph if options.distill else None
-    return finetune(graph, policy, run.task, options, run.loop(stage), start=start_steps, teacher=teacher)
+    options = method.finetuning(run.recipe.finetune)
+    if epochs is not None:
+        options = dataclasses.replace(options, epochs=epochs)
+    return finetune(
+        graph,
+        policy,
+        run.task,
+        options,
+        run.loop(stage),
+        start=start_steps,
+        teacher=run.graph if options.distill else None,
+        quantizer=method.quantizer,
+        extra_loss=method.extra_loss,
+    )
 
 
 def run_policy(run: Run) -> Policy:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixbits.core.grid import Grid, describe
 from mixbits.core.policy import Policy
+from mixbits.core.profile import Site
 from mixbits.graph.quant_graph import QuantGraph, put_, quantizer_key
 from mixbits.quant.observe import Recorder, mse_step
 from mixbits.quant.quantizer import Frozen, LearnedStep, Quantizer
@@ -35,6 +37,15 @@ class Finetune:
     norm_batches: int = 50  # batches that re-estimate batch-norm statistics at the end; 0 keeps the old ones
 
 
+# Site, grid, step and the number of values that share one step.
+MakeQuantizer = Callable[[Site, Grid, Tensor, int], Quantizer]
+
+
+def learned_step(site: Site, grid: Grid, step: Tensor, shared_by: int) -> Quantizer:
+    """The usual quantizer of finetuning."""
+    return LearnedStep(grid, step, shared_by=shared_by)
+
+
 def finetune(
     graph: QuantGraph,
     policy: Policy,
@@ -44,31 +55,61 @@ def finetune(
     *,
     start: Mapping[str, Frozen] | None = None,
     teacher: QuantGraph | None = None,
+    quantizer: MakeQuantizer = learned_step,
+    extra_loss: Callable[[QuantGraph], Callable[[], Tensor] | None] = lambda student: None,
 ) -> QuantGraph:
     """A copy of ``graph`` trained with every site on its grid of ``policy``, in eval mode.
 
     Weight steps are per output channel, chosen by squared error; activation steps are ``start``'s where it
     has them, else chosen by squared error on training batches. ``teacher`` is the float network for
-    distillation.
+    distillation. ``quantizer`` makes what stands on a site while training, ``extra_loss`` a term of the loss
+    from the network as placed; at the end every site has a :class:`LearnedStep`.
 
     Raises ``ValueError`` if the policy does not fit the network, or if distillation lacks its teacher.
     """
     policy.check(graph.profile)
     if options.distill and teacher is None:
         raise ValueError("distillation needs the float network: pass teacher=")
-    student = place_policy(graph, policy, task.train, start=start, device=loop.device)
+    student = place_policy(graph, policy, task.train, start=start, device=loop.device, quantizer=quantizer)
     optimizer = torch.optim.SGD(
         parameter_groups(student, options.weight_decay), lr=options.lr, momentum=options.momentum
     )
     loss = _distilling(task, teacher, options, loop) if options.distill and teacher is not None else None
     for _ in steps(
-        student, task, optimizer, loop, epochs=options.epochs, schedule=options.schedule, loss=loss
+        student,
+        task,
+        optimizer,
+        loop,
+        epochs=options.epochs,
+        schedule=options.schedule,
+        loss=loss,
+        penalty=extra_loss(student),
     ):
         pass
+    settle_(student, policy)
     if options.norm_batches and options.epochs:
         reestimate_batch_norm_(student, task.train, options.norm_batches, loop.device)
     student.module.eval()
     return student
+
+
+def settle_(graph: QuantGraph, policy: Policy) -> None:
+    """Put a :class:`LearnedStep` on every site, with the step that its quantizer freezes to."""
+    settled: dict[str, Quantizer] = {}
+    for site, quantizer in graph.quantizers.items():
+        if isinstance(quantizer, LearnedStep):
+            continue
+        frozen = quantizer.freeze()
+        if frozen.grid != policy.grids[site]:
+            raise ValueError(
+                f"{site}: trained on {describe(frozen.grid)}, but the policy says "
+                f"{describe(policy.grids[site])}"
+            )
+        weight = graph.profile.site(site).kind == "weight"
+        rank = graph.weight(site).dim() if weight and frozen.step.dim() else 0
+        step = frozen.step.reshape(-1, *[1] * (rank - 1)) if rank else frozen.step
+        settled[site] = LearnedStep(frozen.grid, step, shared_by=1).to(step.device)
+    put_(graph, settled)
 
 
 def parameter_groups(graph: QuantGraph, weight_decay: float) -> list[dict[str, object]]:
@@ -87,8 +128,9 @@ def place_policy(
     *,
     start: Mapping[str, Frozen] | None = None,
     device: torch.device | None = None,
+    quantizer: MakeQuantizer = learned_step,
 ) -> QuantGraph:
-    """A copy of ``graph`` with a :class:`LearnedStep` on every site, at good steps (see :func:`finetune`)."""
+    """A copy of ``graph`` with a quantizer on every site, at good steps (see :func:`finetune`)."""
     device = device or torch.device("cpu")
     student, start = graph.copy(), start or {}
     student.module.to(device)
@@ -105,7 +147,7 @@ def place_policy(
             step, shared = rescaled_step(start[site.name], policy.grids[site.name].level_max), site.elements
         else:
             step, shared = mse_step(observed[site.name][None], grid)[0], site.elements
-        placed[site.name] = LearnedStep(grid, step, shared_by=shared).to(device)
+        placed[site.name] = quantizer(site, grid, step, shared).to(device)
     put_(student, placed)
     return student
 

@@ -8,13 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from torch import Tensor
+
 from mixbits.core.budget import Budget
 from mixbits.core.grid import Grid, Uniform
 from mixbits.core.policy import Policy
 from mixbits.core.profile import Profile, Site
 from mixbits.graph.quant_graph import QuantGraph
-from mixbits.quant.quantizer import Frozen
+from mixbits.quant.quantizer import Frozen, LearnedStep, Quantizer
 from mixbits.search.greedy import Choices, check_feasible, choices, fit, noise_power
+from mixbits.train.finetune import Finetune
 from mixbits.train.steps import Loop
 from mixbits.train.task import Task
 
@@ -70,6 +73,18 @@ class Method(ABC):
     @abstractmethod
     def learn(self, graph: QuantGraph, task: Task, target: Target, loop: Loop) -> Learned:
         """Learn widths on ``graph``, which the method may change; it is a copy."""
+
+    def finetuning(self, options: Finetune) -> Finetune:
+        """The options of training at the learned widths, where the paper asks for others than the user's."""
+        return options
+
+    def quantizer(self, site: Site, grid: Grid, step: Tensor, shared_by: int) -> Quantizer:
+        """What stands on a site while training at the learned widths; its grid must stay ``grid``."""
+        return LearnedStep(grid, step, shared_by=shared_by)
+
+    def extra_loss(self, student: QuantGraph) -> Callable[[], Tensor] | None:
+        """A term that the paper adds to the loss while training at the learned widths."""
+        return None
 
 
 def learn(

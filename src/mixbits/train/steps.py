@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,18 @@ from mixbits.train.task import Task, evaluate
 
 Schedule = Literal["cosine", "thirds", "constant"]
 Watch = Callable[[Mapping[str, Any]], None]
+
+
+class Stateful(Protocol):
+    """Something with a state that a checkpoint can hold: an optimizer, a module."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, of tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
+        """Put a state back."""
+        ...
 
 
 class DivergedError(ValueError):
@@ -83,21 +95,25 @@ def steps(
     before_update: Callable[[], None] | None = None,
     measure: Callable[[], Mapping[str, Any]] = dict,
     estimate_norms: int = 0,
+    keep: Mapping[str, Stateful] | None = None,
 ) -> Iterator[Step]:
     """Train ``graph`` in place for ``epochs``, yielding after every update with the gradients still readable.
 
     ``loss(inputs, outputs, targets)`` replaces the task's loss, ``penalty()`` is added to it,
     ``before_update()`` runs between backward and update (to limit gradients), ``measure()`` adds fields to
     the rows given to ``loop.watch``, ``estimate_norms`` batches re-estimate batch-norm statistics of a copy
-    before it is judged on held-out data. Resumes from ``loop.checkpoint`` if it holds a state. Raises
-    ``DivergedError`` when the loss is not finite, and ``KeyboardInterrupt`` after saving when the
-    checkpoint's ``stop`` is set.
+    before it is judged on held-out data, ``keep`` names what else is saved with the network and put back when
+    resuming (another optimizer, a method's accumulators).
+
+    Resumes from ``loop.checkpoint`` if it holds a state. Raises ``DivergedError`` when the loss is not
+    finite, and ``KeyboardInterrupt`` after saving when the checkpoint's ``stop`` is set.
     """
     module, checkpoint, batches = graph.module.to(loop.device), loop.checkpoint, len(task.train)
     quantizers = [m for m in module.modules() if isinstance(m, Quantizer)]
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
-    epoch, first, totals, resumed_rng = _resume_(graph, task, optimizer, loop)
+    keep = keep or {}
+    epoch, first, totals, resumed_rng = _resume_(graph, task, optimizer, loop, keep)
     forward = torch.compile(module, dynamic=False) if loop.compile else module
     for number in range(epoch, epochs):
         module.train()
@@ -147,7 +163,7 @@ def steps(
             stopping = checkpoint is not None and checkpoint.stop.is_set()
             if checkpoint is not None and (ends or stopping or checkpoint.due()):
                 position = (number + 1, 0) if ends else (number, index + 1)
-                checkpoint.save(_state(graph, optimizer, position, totals))
+                checkpoint.save(_state(graph, optimizer, position, totals, keep))
             loop.watch(row)
             if stopping:
                 raise KeyboardInterrupt
@@ -156,7 +172,11 @@ def steps(
 
 
 def _state(
-    graph: QuantGraph, optimizer: torch.optim.Optimizer, position: tuple[int, int], totals: dict[str, Any]
+    graph: QuantGraph,
+    optimizer: torch.optim.Optimizer,
+    position: tuple[int, int],
+    totals: dict[str, Any],
+    keep: Mapping[str, Stateful],
 ) -> dict[str, Any]:
     epoch, first = position
     return {
@@ -166,11 +186,16 @@ def _state(
         "first": first,
         "totals": dict(totals),
         "rng": torch.get_rng_state(),
+        "kept": {name: part.state_dict() for name, part in keep.items()},
     }
 
 
 def _resume_(
-    graph: QuantGraph, task: Task, optimizer: torch.optim.Optimizer, loop: Loop
+    graph: QuantGraph,
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    loop: Loop,
+    keep: Mapping[str, Stateful],
 ) -> tuple[int, int, dict[str, Any], Tensor | None]:
     """Epoch, first batch, running sums and random state to go on with; the start without a checkpoint."""
     state, note = loop.checkpoint.load() if loop.checkpoint else (None, "")
@@ -182,6 +207,8 @@ def _resume_(
         return 0, 0, {"loss": 0.0, "score": 0.0, "count": 0}, None
     graph.module.load_state_dict(state["module"])
     optimizer.load_state_dict(state["optimizer"])
+    for name, part in keep.items():
+        part.load_state_dict(state["kept"][name])
     torch.set_rng_state(state["rng"])
     return state["epoch"], state["first"], state["totals"], state["rng"]
 
