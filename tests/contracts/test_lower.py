@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from mixbits import zoo
-from mixbits.core.cost import size_bytes, weight_bytes
+from mixbits.core.cost import COSTS
 from mixbits.core.grid import Codebook, Grid, Uniform, dequantize, quantize
 from mixbits.core.program import Program
 from mixbits.graph.quant_graph import QuantGraph, capture, put_
@@ -203,10 +203,10 @@ def test_cost_formulas_equal_the_bytes_of_the_file(name, tmp_path):
     profile = network.graph.profile
     bits = {site: quantizer.freeze().grid.bits for site, quantizer in network.graph.quantizers.items()}
     tensors = load_file(tmp_path / "model.mixbits")
-    assert sum(tensor.nbytes for tensor in tensors.values()) == size_bytes(profile, bits)
-    assert sum(tensors[site.name].nbytes for site in profile.weights) == weight_bytes(profile, bits)
+    assert sum(tensor.nbytes for tensor in tensors.values()) == COSTS["size"].of(profile, bits)
+    assert sum(tensors[site.name].nbytes for site in profile.weights) == COSTS["weights"].of(profile, bits)
     assert network.program.stored_floats == profile.stored_floats
-    assert network.program.size_bytes == size_bytes(profile, bits)
+    assert network.program.size_bytes == COSTS["size"].of(profile, bits)
 
 
 @every_network

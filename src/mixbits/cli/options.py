@@ -15,8 +15,9 @@ def parse_recipe(command: str, about: str, arguments: list[str]) -> tuple[AnyRec
     """The recipe (options given here win over the TOML file), the run's folder, and whether to resume."""
     toml = next((word for word in arguments if word.endswith(".toml") and not word.startswith("-")), "")
     entries = read_toml(Path(toml)) if toml else {}
-    method = _given(arguments, "--method") or str(entries.get("method", Recipe.method))
-    if method != entries.get("method", Recipe.method):
+    default = "sensitivity" if "--no-train" in arguments else Recipe.method
+    method = _given(arguments, "--method") or str(entries.get("method", default))
+    if method != entries.get("method"):
         entries = {**entries, "method": method}
     base = recipe_from_dict(entries, toml or "options")
     kind = dataclasses.make_dataclass(

@@ -50,6 +50,8 @@ class Recipe:
     ties: tuple[str, ...] = ()  # groups of sites that share one width, each written site+site
     mean: tuple[float, ...] = ()  # normalization a channel; empty: the data set's
     std: tuple[float, ...] = ()  # normalization a channel; empty: the data set's
+    train: bool = True  # --no-train: only choose widths and good values, from calibration images
+    images: int = 256  # calibration images of --no-train, from the training data, without labels
     baseline: bool = True  # also train the uniform-width network under the same budget
     device: str = "cpu"  # cpu or cuda
     threads: int = 0  # of torch on the CPU; 0: torch's choice

@@ -29,6 +29,7 @@ from mixbits.methods import method_named
 from mixbits.pack.artifact import read_program, write_program
 from mixbits.quant.quantizer import Frozen
 from mixbits.runtime.executor import Executor
+from mixbits.train.calibrate import calibrate, calibration_images, observe_float
 from mixbits.train.checkpoint import Checkpoint
 from mixbits.train.finetune import finetune, restore_policy
 from mixbits.train.method import Method, learn
@@ -157,6 +158,11 @@ def start(run: Run, *, resume: bool) -> None:
         raise ValueError(
             "the networks of mixbits.zoo are untrained: give --weights FILE, or --float-training.epochs N "
             "to train first"
+        )
+    if not recipe.train and method_of(recipe).epochs:
+        raise ValueError(
+            f"the method {recipe.method} trains for {method_of(recipe).epochs} epochs: with --no-train use "
+            "--method sensitivity"
         )
     if recipe.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {recipe.device}: this torch sees no CUDA device; use --device cpu")
@@ -296,6 +302,9 @@ def _finetuned(
     epochs: int | None = None,
     start_steps: Mapping[str, Frozen] | None = None,
 ) -> QuantGraph:
+    if not run.recipe.train:
+        images = calibration_images(run.task.train, run.recipe.images, run.device)
+        return calibrate(graph, policy, images, observe_float(graph, images))
     options = method.finetuning(run.recipe.finetune)
     if epochs is not None:
         options = dataclasses.replace(options, epochs=epochs)

@@ -129,19 +129,6 @@ def short_name(target: Any) -> str:
     return str(getattr(target, "__name__", target)).split(".")[0]
 
 
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """All arguments of an aten call by the names of its schema, defaults filled in."""
-    found: dict[str, Any] = {}
-    for index, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        given = (
-            node.args[index]
-            if index < len(node.args)
-            else node.kwargs.get(argument.name, argument.default_value)
-        )
-        found[argument.name] = given
-    return found
-
-
 def tensor_of(node: fx.Node) -> Tensor:
     """The parameter or buffer that a ``get_attr`` node reads."""
     return attrgetter(str(node.target))(node.graph.owning_module)
@@ -157,13 +144,3 @@ def positive_dims(dims: Any, node: fx.Node) -> list[int]:
     if isinstance(dims, int):
         dims = [dims]
     return [dim % rank(node) for dim in dims] if dims else list(range(rank(node)))
-
-
-def per_dim(value: Any, dims: int) -> list[int]:
-    """One entry a dimension, where torch may have given one for all.
-
-    >>> per_dim([3], 2), per_dim((1, 2), 2)
-    ([3, 3], [1, 2])
-    """
-    entries = [value] if isinstance(value, int) else list(value)
-    return entries * dims if len(entries) == 1 else entries

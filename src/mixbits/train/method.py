@@ -43,7 +43,7 @@ class Target:
         return allowed
 
 
-def full_grid(site: Site, bits: int) -> Grid:
+def full_grid(site: Site, bits: int) -> Uniform:
     """The uniform grid that uses all codes; one bit of a signed tensor is -1/+1."""
     return Uniform(bits, site.signed, "bipolar" if site.signed and bits == 1 else "full")
 

@@ -7,7 +7,8 @@ from math import sqrt
 import torch
 from torch import fx
 
-from mixbits.lower.builder import Builder, arguments, positive_dims, rank, rule, unsupported
+from mixbits.graph.calls import arguments
+from mixbits.lower.builder import Builder, positive_dims, rank, rule, unsupported
 
 aten = torch.ops.aten
 

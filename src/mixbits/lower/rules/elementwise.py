@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from mixbits.lower.builder import Builder, arguments, rule, unsupported
+from mixbits.graph.calls import arguments
+from mixbits.lower.builder import Builder, rule, unsupported
 
 aten = torch.ops.aten
 

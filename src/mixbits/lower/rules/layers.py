@@ -12,9 +12,10 @@ from mixbits.core import grid as grids
 from mixbits.core.grid import grid_to_json
 from mixbits.core.infer import MAX_ACCUMULATOR, accumulator_bound
 from mixbits.core.program import PackedWeight
+from mixbits.graph.calls import arguments, padding_pairs, per_dim
 from mixbits.graph.fold import batch_norm_affine, folded_batch_norm
 from mixbits.graph.sites import source
-from mixbits.lower.builder import Builder, arguments, per_dim, rule, tensor_of, unsupported
+from mixbits.lower.builder import Builder, rule, tensor_of, unsupported
 from mixbits.pack.bits import pack
 
 aten = torch.ops.aten
@@ -76,20 +77,10 @@ def convolution(builder: Builder, node: fx.Node) -> str:
         f"conv{dims}d",
         shared,
         stride=per_dim(call["stride"], dims),
-        padding=_pairs(call["padding"], kernel, dilation),
+        padding=padding_pairs(call["padding"], kernel, dilation),
         dilation=dilation,
         groups=call["groups"],
     )
-
-
-def _pairs(padding: Any, kernel: tuple[int, ...], dilation: list[int]) -> list[list[int]]:
-    """Padding as (before, after); 'same' puts the odd element after."""
-    if padding == "valid":
-        return [[0, 0] for _ in kernel]
-    if padding == "same":
-        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        return [[total // 2, total - total // 2] for total in totals]
-    return [[size, size] for size in per_dim(padding, len(kernel))]
 
 
 @rule(aten.linear.default)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from mixbits.lower.builder import Builder, arguments, per_dim, positive_dims, rule, short_name, unsupported
+from mixbits.graph.calls import arguments, per_dim
+from mixbits.lower.builder import Builder, positive_dims, rule, short_name, unsupported
 
 aten = torch.ops.aten
 

@@ -8,16 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from mixbits.lower.builder import (
-    RULES,
-    Builder,
-    arguments,
-    positive_dims,
-    rank,
-    rule,
-    short_name,
-    unsupported,
-)
+from mixbits.graph.calls import arguments
+from mixbits.lower.builder import RULES, Builder, positive_dims, rank, rule, short_name, unsupported
 from mixbits.lower.rules.pools import max_pool
 
 aten = torch.ops.aten
