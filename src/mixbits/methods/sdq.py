@@ -1,10 +1,10 @@
-"""SDQ: a width is drawn from two neighbouring candidates; how likely the wider one is, is learned, and decays.
+"""SDQ: a width is drawn from two neighbours; how likely the wider one is, is learned, and decays.
 
 Huang et al., "SDQ: Stochastic Differentiable Quantization with Mixed Precision", ICML 2022, arXiv 2206.04459.
-``beta`` is the differentiable bitwidth parameter (DBP) of a layer: the probability of the wider width ``b_i``,
-against ``1 - beta`` for the next narrower one. When it has decayed, the layer is at ``b_{i-1}`` and the next
-parameter is active. Widths never rise. Then the network is trained at its widths with a float teacher (soft
-labels only) and with entropy-aware bin regularization.
+``beta`` is the differentiable bitwidth parameter (DBP) of a layer: the probability of the wider width
+``b_i``, against ``1 - beta`` for the next narrower one. When it has decayed, the layer is at ``b_{i-1}`` and
+the next parameter is active. Widths never rise. Then the network is trained at its widths with a float
+teacher (soft labels only) and with entropy-aware bin regularization.
 
 The full text was not at hand, only its abstract, its figure 1 and a summary by others; the authors published
 no code. What follows is ours.
@@ -49,7 +49,7 @@ from mixbits.quant.observe import mse_step
 from mixbits.quant.quantizer import SMALLEST_STEP, Frozen, LearnedStep, Quantizer
 from mixbits.search.greedy import Choices, InfeasibleError, fit, noise_power
 from mixbits.train.finetune import Finetune, observe
-from mixbits.train.method import Learned, Method, Target, full_grid
+from mixbits.train.method import Learned, Method, Target
 from mixbits.train.norms import reestimate_batch_norm_
 from mixbits.train.steps import Loop, Schedule, steps
 from mixbits.train.task import Task
@@ -72,6 +72,11 @@ def soft_choice(beta: Tensor, noise: Tensor, temperature: float) -> Tensor:
     """
     beta = torch.clamp(beta, LEAST_BETA, 1.0 - LEAST_BETA)
     return torch.sigmoid((torch.log(beta) - torch.log1p(-beta) + noise) / temperature)
+
+
+def _row(table: Tensor, place: Tensor) -> Tensor:
+    """``table[place]`` for a scalar tensor, without reading the scalar: that would wait for the device."""
+    return table.index_select(0, place.reshape(1)).squeeze(0)
 
 
 class DBP(nn.Module):
@@ -113,16 +118,16 @@ class DBP(nn.Module):
 
     def bits(self) -> Tensor:
         """``b_i``."""
-        return self.table[self.active]
+        return _row(self.table, self.active)
 
     def expected_bits(self) -> Tensor:
         """``b_{i-1} + beta * (b_i - b_{i-1})``, differentiable; ``b_i`` if there is nothing narrower."""
-        low = self.table[self.narrower]
+        low = _row(self.table, self.narrower)
         return low + self.beta * (self.bits() - low)
 
     def added_error(self) -> Tensor:
         """What the narrower width adds to the relative squared error, times its probability."""
-        return (1.0 - self.beta) * (self.errors[self.narrower] - self.errors[self.active])
+        return (1.0 - self.beta) * (_row(self.errors, self.narrower) - _row(self.errors, self.active))
 
     @torch.no_grad()
     def draw_(self, uniform: Tensor) -> None:
@@ -172,9 +177,9 @@ class StochasticWidth(Quantizer):
 
     def _quantized(self, x: Tensor, place: Tensor) -> Tensor:
         """``fake_quantize`` at the candidate of that place, without a branch on it."""
-        low, high, spacing, origin = self.levels[place].unbind()
-        step = self.steps[place]
-        step = straight_through(step * self.gradient_scale[place], step)
+        low, high, spacing, origin = _row(self.levels, place).unbind()
+        step = _row(self.steps, place)
+        step = straight_through(step * _row(self.gradient_scale, place), step)
         ratio = x / step
         level = torch.clamp(spacing * torch.round((ratio - origin) / spacing) + origin, low, high)
         return straight_through(torch.clamp(ratio, low, high), level) * step
@@ -216,7 +221,7 @@ class EntropyStep(Quantizer):
 
     step: Tensor
 
-    def __init__(self, grid: Uniform, step: float) -> None:
+    def __init__(self, grid: Grid, step: float) -> None:
         """``step``: in effect before the first pass in training."""
         super().__init__()
         self.grid = grid
@@ -254,7 +259,7 @@ def entropy_step(w: Tensor, bits: int) -> Tensor:
 
 
 def bins(values: Tensor, codes: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """How many values have each of ``count`` codes, their mean and their unbiased variance, float ``[count]``.
+    """How many values have each of ``count`` codes, their mean and unbiased variance, float ``[count]``.
 
     Empty bins have mean 0, bins of one value variance 0. Differentiable in ``values``.
     """
@@ -353,7 +358,7 @@ class SDQ(Method):
     )
 
     def learn(self, graph: QuantGraph, task: Task, target: Target, loop: Loop) -> Learned:
-        """Phase 1: train weights, steps and the active DBPs together; decay what falls below the threshold."""
+        """Phase 1: train weights, steps and active DBPs together; decay what falls below the threshold."""
         profile, allowed = graph.profile, self._allowed(graph.profile, target)
         dbps = self._place_(graph, task, allowed, loop)
         graph.module.to(loop.device)
@@ -438,7 +443,8 @@ class SDQ(Method):
 
     def quantizer(self, site: Site, grid: Grid, step: Tensor, shared_by: int) -> Quantizer:
         """Bipolar weights by entropy if asked for; anything else has a learned step."""
-        if self.weights == "entropy" and site.kind == "weight" and _is_bipolar(grid):
+        bipolar = isinstance(grid, Uniform) and grid.form == "bipolar"
+        if self.weights == "entropy" and site.kind == "weight" and bipolar:
             return EntropyStep(grid, float(step.mean()))
         return LearnedStep(grid, step, shared_by=shared_by)
 
@@ -463,12 +469,9 @@ class SDQ(Method):
         return regularization
 
     def _grid(self, site: Site, bits: int) -> Uniform:
-        # Bipolar levels of 8 bits do not fit a byte: -255 .. 255.
-        if site.kind == "weight" and site.signed and self.weights != "full" and bits < MAX_BITS:
-            return Uniform(bits, True, "bipolar")
-        grid = full_grid(site, bits)
-        assert isinstance(grid, Uniform)
-        return grid
+        """Bipolar for weights where its levels fit a byte (8 bits: -255 .. 255), else full."""
+        wanted = site.kind == "weight" and self.weights != "full" and bits < MAX_BITS
+        return Uniform(bits, site.signed, "bipolar" if site.signed and (wanted or bits == 1) else "full")
 
     def _allowed(self, profile: Profile, target: Target) -> Choices:
         """The target's choices, with one width for all activations that are not searched.
@@ -509,7 +512,10 @@ class SDQ(Method):
         return narrowed(max(fitting)[1])  # the narrowest pair fits, or no choice would
 
     def _place_(self, graph: QuantGraph, task: Task, allowed: Choices, loop: Loop) -> dict[str, DBP]:
-        """A :class:`StochasticWidth` where there is a choice, else a :class:`LearnedStep`; the sites' DBPs."""
+        """Put a :class:`StochasticWidth` where there is a choice, else a :class:`LearnedStep`.
+
+        Returns the DBP of every site that has one.
+        """
         profile = graph.profile
         observed = observe(graph, [site.name for site in profile.activations], task.train, loop.device)
         placed: dict[str, Quantizer] = {}
@@ -540,10 +546,6 @@ class SDQ(Method):
                 )
         put_(graph, placed)
         return dbps
-
-
-def _is_bipolar(grid: Grid) -> bool:
-    return isinstance(grid, Uniform) and grid.form == "bipolar"
 
 
 def relative_error(values: Tensor, step: Tensor, grid: Grid) -> float:
