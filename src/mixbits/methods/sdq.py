@@ -188,11 +188,15 @@ class StochasticWidth(Quantizer):
         """The quantized tensor; in bfloat16 training the rounding is still done in float32."""
         if x.dtype in (torch.bfloat16, torch.float16):
             x = x.float()
-        wide = self._quantized(x, self.dbp.active)
         if not self.training:
-            return wide
-        choice = self.dbp.choice()
-        return choice * wide + (1.0 - choice) * self._quantized(x, self.dbp.narrower)
+            return self._quantized(x, self.dbp.active)
+        choice, wide, narrow = self.dbp.choice(), self.dbp.active, self.dbp.narrower
+        chosen = choice.detach()
+        taken = torch.where(chosen > 0.5, wide, narrow)
+        drawn = self._quantized(x, taken)
+        with torch.no_grad():  # only beta learns from what was not drawn
+            difference = drawn - self._quantized(x, wide + narrow - taken)
+        return drawn + (choice - chosen) * (2.0 * chosen - 1.0) * difference
 
     def bits(self) -> Tensor:
         """``b_i``, without a gradient; what ``beta`` expects is ``dbp.expected_bits()``."""
