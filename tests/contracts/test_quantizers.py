@@ -13,8 +13,9 @@ from torch import Tensor
 
 import mixbits.methods
 import mixbits.quant
-from mixbits.core.grid import Codebook, dequantize, describe, quantize
+from mixbits.core.grid import Codebook, Uniform, dequantize, describe, quantize
 from mixbits.methods.mpdnn import LearnedWidth, as_parameters
+from mixbits.methods.sdq import DBP, EntropyStep, StochasticWidth
 from mixbits.quant.observe import Recorder
 from mixbits.quant.quantizer import LearnedStep, Quantizer
 from strategies import UNIFORM_GRIDS
@@ -46,9 +47,29 @@ def learned_width(parametrization, signed: bool, bits: int, q_max: float) -> Cal
     return lambda: LearnedWidth(parametrization, first, second, signed=signed, least_bits=least)
 
 
+def drawn_width(place: int, *, bipolar: bool) -> Callable[[], Quantizer]:
+    def make() -> Quantizer:
+        dbp = DBP((1, 2, 4), [0.0] * 3, start=0.9, temperature=1.0)
+        dbp.active.fill_(place)
+        grids = [Uniform(b, signed=bipolar, form="bipolar" if bipolar else "full") for b in dbp.widths]
+        return StochasticWidth(dbp, grids, torch.tensor([0.9, 0.4, 0.1]), shared_by=100)
+
+    return make
+
+
 # A fixed grid with a learned step, and learned widths: on the grid (.875, 1) and off it (1.15).
 FIXED = {
     f"step, {describe(grid)} {i}": learned_step(grid) for i, grid in enumerate(UNIFORM_GRIDS + CODEBOOKS)
+}
+# Widths that are drawn have in eval() the grid that they have reached.
+FIXED |= {
+    f"drawn, {'signed' if bipolar else 'unsigned'}, {width} bit": drawn_width(place, bipolar=bipolar)
+    for bipolar in (True, False)
+    for place, width in ((1, 2), (2, 4))
+}
+FIXED |= {
+    f"entropy, {bits} bit": lambda bits=bits: EntropyStep(Uniform(bits, signed=True, form="bipolar"), 0.3)
+    for bits in (1, 2, 7)
 }
 LEARNED = {
     f"{parametrization}, {'signed' if signed else 'unsigned'}, {bits} bit, {q_max}": learned_width(
@@ -182,7 +203,7 @@ def test_gradients_are_finite(make, place):
 def test_every_parameter_learns_from_values_inside_and_beyond_the_range(make):
     quantizer = make().train()
     # Weights that differ, so that equal and opposite gradients of two values do not cancel.
-    x = dense(quantizer)
+    x = dense(quantizer).requires_grad_()
     (quantizer(x) * torch.linspace(1, 2, len(x))).sum().backward()
 
     silent = {name for name, p in quantizer.named_parameters() if p.grad is None or p.grad.abs().sum() == 0}
