@@ -87,7 +87,9 @@ def check_feasible(profile: Profile, budget: Budget, allowed: Choices) -> None:
     if broken:
         lines = [
             f"  {limit.text}: reachable are {format_amount(limit.cost, limit.used(profile, lowest))} "
-            f"to {format_amount(limit.cost, limit.used(profile, highest))}"
+            f"to {format_amount(limit.cost, limit.used(profile, highest))}; at least "
+            f"{format_amount(limit.cost, limit.used(profile, lowest))}, which is "
+            f"{format_amount(limit.cost, limit.used(profile, lowest) - limit.asked)} above"
             for limit in broken
         ]
         raise InfeasibleError(
