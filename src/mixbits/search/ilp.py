@@ -1,10 +1,10 @@
 """Integer program: the widths of least harm within a budget, exactly.
 
 Sites whose widths are multiplied, or do harm together, are a class of the knapsack in
-:mod:`mixbits.search.knapsack`; what may be chosen for a class are all combinations of its sites' widths. Where
-those are too many (an activation with many readers, harm between any two layers), or the knapsack's proof takes too
-long, branch and cut (HiGHS) solves the program with one binary variable a site and width, and a product of
-two widths as a variable a pair of widths whose sums over either width are that width's variable.
+:mod:`mixbits.search.knapsack`; what may be chosen for a class are all combinations of its sites' widths.
+Where those are too many (an activation with many readers, harm between any two layers), or the knapsack's
+proof takes too long, branch and cut (HiGHS) solves the program with one binary variable a site and width, and
+a product of two widths as a variable a pair of widths whose sums over either width are that width's variable.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def least_harm(
     """
     check_feasible(profile, budget, allowed)
     groups = sorted(tuple(sorted(group)) for group in allowed.groups)
-    program = _program(profile, budget, allowed, groups, harm, pairs or {})
+    program = _program(profile, budget, allowed, groups=groups, harm=harm, pairs=pairs or {})
     chosen = _by_knapsack(program)
     if chosen is None:
         chosen = _by_branch_and_cut(program)
@@ -91,6 +91,7 @@ def _program(
     profile: Profile,
     budget: Budget,
     allowed: Choices,
+    *,
     groups: list[tuple[str, ...]],
     harm: SiteHarm,
     pairs: PairHarm,
@@ -182,7 +183,7 @@ def _by_knapsack(program: _Program) -> list[int] | None:
 
 
 def _by_branch_and_cut(program: _Program) -> list[int]:
-    """The widths of every group by HiGHS, which knows limits to a relative 1e-6: what breaks one is cut off."""
+    """The widths of every group by HiGHS; what breaks a limit within its tolerance is cut off."""
     columns: dict[tuple[int, ...], int] = {}  # groups and the places of their widths -> variable
     rows: list[tuple[dict[int, float], float, float]] = []
     for number, widths in enumerate(program.widths):
@@ -236,8 +237,8 @@ def _by_branch_and_cut(program: _Program) -> list[int]:
     gap = float(solved.fun - solved.mip_dual_bound)
     if gap > max(PROVED * abs(float(solved.fun)), 2e-6):
         warnings.warn(
-            f"the integer program was given up after {MOST_NODES} nodes: other widths may do less harm, by at "
-            f"most {gap / scale:.3g} of {float(solved.fun) / scale:.6g} ({gap / abs(solved.fun):.2%})",
+            f"the integer program was given up after {MOST_NODES} nodes: other widths may do less harm, by "
+            f"at most {gap / scale:.3g} of {float(solved.fun) / scale:.6g} ({gap / abs(solved.fun):.2%})",
             UnprovedWarning,
             stacklevel=3,
         )
@@ -258,7 +259,7 @@ def _constraint(rows: list[tuple[dict[int, float], float, float]], columns: int)
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Nothing on the process's standard output: HiGHS prints a line of its debugging there, past its options."""
+    """Nothing on the process's standard output: HiGHS prints debugging there, whatever its options."""
     sys.stdout.flush()
     kept = os.dup(1)
     try:

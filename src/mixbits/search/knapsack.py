@@ -32,7 +32,7 @@ FIRST_OPTIONS = 24  # options beside the best of their class that the first thre
 GROWTH = 1.2  # of the threshold: the list grows about fourfold
 LONG = 2_000  # a list of more choices is worth pruning
 CHANGES = (0.02, 0.04, 0.1)  # of prices, that prune a list
-MOST_LISTED = 3_000_000  # entries of a list, about 0.3 GB
+MOST_LISTED = 12_000_000  # numbers in a list, about 0.2 GB
 MOST_PAIRS = 100_000_000  # that are looked at
 PAIRS_AT_ONCE = 2_000_000
 SLICES = 24  # of one list by excess, so that pairs of too much excess are not even formed
@@ -44,7 +44,7 @@ class TooManyError(Exception):
 
 @dataclass(frozen=True)
 class Options:
-    """What may be chosen in a class: the harm of each option (n), and what it uses of each limit (n, limits)."""
+    """What a class offers: the harm of each option (n), and what it uses of each limit (n, limits)."""
 
     harm: Reals
     cost: Integers
@@ -56,7 +56,7 @@ class Options:
 
 @dataclass(frozen=True)
 class _Kind:
-    """Classes with the same options, and what each option has beyond the one of least priced harm (``best``)."""
+    """Classes with the same options, and what each has beyond the one of least priced harm (``best``)."""
 
     classes: list[int]
     options: Options
@@ -253,10 +253,10 @@ class _Search:
                         (last[0][go] + step, last[1][go] + kind.extra[option], entries, last[3][go] - 1)
                     )
                     stored += len(go)
-                    if stored > MOST_LISTED:
+                    if stored * (1 + len(self.room)) > MOST_LISTED:
                         raise TooManyError
                 excess, extra, entry, left = (np.concatenate(part) for part in zip(*parts, strict=True))
-            if len(excess) > 2 * pruned or place == len(numbers) - 1:
+            if len(excess) > (LONG if place == len(numbers) - 1 else 2 * pruned):
                 keep = _cheapest(excess, extra)
                 keep = keep[self.completable(excess[keep], extra[keep], numbers[place + 1 :] + others)]
                 excess, extra, entry = excess[keep], extra[keep], entry[keep]
@@ -271,20 +271,28 @@ class _Search:
         )
 
     def completable(self, excess: Reals, extra: Integers, others: list[int]) -> Integers:
-        """Choices that other prices do not prove to exceed the threshold, whatever is chosen for the others."""
+        """Choices that other prices do not prove to exceed the threshold, whatever the others choose."""
         keep = np.arange(len(excess))
-        near = [self.kinds[number] for number in others]
+        rows = _widest(extra * self.prices)
         for change in CHANGES:
-            for signs in product((-1, 0, 1), repeat=len(self.room)) if len(self.room) <= 3 else ():
-                if not any(signs):
-                    continue
-                moved = self.prices * np.array(signs) * change
-                most = self.threshold + float(self.room @ moved)
-                for kind in near:
-                    value = (kind.excess + kind.extra @ moved)[kind.excess <= self.threshold]
-                    most -= len(kind.classes) * min(float(value.min()), 0.0)
-                keep = keep[excess[keep] + extra[keep] @ moved <= most]
+            signs = np.array([s for s in product((-1.0, 0.0, 1.0), repeat=len(rows)) if any(s)])
+            moved = np.zeros((len(self.room), len(signs)))
+            moved[rows] = signs.reshape(len(signs), len(rows)).T * self.prices[rows, None] * change
+            most = self.threshold + self.room @ moved
+            for number in others:
+                kind = self.kinds[number]
+                near = kind.excess <= self.threshold
+                value = kind.excess[near, None] + kind.extra[near] @ moved
+                most -= len(kind.classes) * np.minimum(value.min(0), 0.0)
+            for way, limit in zip(moved.T, most, strict=True):
+                keep = keep[excess[keep] + extra[keep] @ way <= limit]
         return keep
+
+
+def _widest(priced: Reals) -> Integers:
+    """The limits, three at most, whose priced costs differ most."""
+    spread = np.ptp(priced, axis=0)
+    return np.array([row for row in np.argsort(-spread, kind="stable")[:3] if spread[row] > 0], np.int64)
 
 
 def _cheapest(excess: Reals, extra: Integers) -> Integers:
@@ -299,14 +307,15 @@ def _pairs(
     one: _List, two: _List, room: Integers, prices: Reals, threshold: float
 ) -> Iterator[tuple[Integers, Integers]]:
     """Entries of both lists that together may have excess and priced slack of at most ``threshold``."""
+    if not len(one.excess) or not len(two.excess):
+        return
     order = np.argsort(two.excess, kind="stable")
     priced_one, priced_two = one.extra * prices, two.extra * prices
     target = room * prices
-    spread = np.ptp(priced_two, axis=0) if len(room) else np.zeros(0)
-    rows = np.argsort(-spread, kind="stable")[:3]
-    rows = rows[(spread[rows] > 0) & (prices[rows] > 0)]
-    margin = threshold * 1e-6 + 1e-12 * float(np.abs(target).sum() + spread.sum())
-    for part in np.array_split(order, max(1, min(SLICES, len(order) // 64))):
+    rows = _widest(priced_two)
+    margin = threshold * 1e-6 + 1e-12 * float(np.abs(target).sum() + np.abs(priced_two).max(0).sum())
+    for slice_ in np.array_split(order, max(1, min(SLICES, len(order) // 64))):
+        part = slice_
         least = float(two.excess[part[0]])
         lefts = np.flatnonzero(one.excess + least <= threshold)
         if not len(lefts):
