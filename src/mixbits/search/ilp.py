@@ -7,6 +7,9 @@ proof takes too long, branch and cut (HiGHS) solves the program with one binary 
 a product of two widths as a variable a pair of widths whose sums over either width are that width's variable.
 """
 
+# pyright: basic
+# scipy has no types.
+
 from __future__ import annotations
 
 import os
@@ -20,8 +23,8 @@ from math import floor, prod
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
+from scipy.optimize import Bounds, LinearConstraint, milp  # pyright: ignore[reportMissingTypeStubs]
+from scipy.sparse import csr_array  # pyright: ignore[reportMissingTypeStubs]
 
 from mixbits.core.budget import Budget
 from mixbits.core.cost import COSTS
@@ -38,7 +41,7 @@ MOST_OPTIONS = (
     3_000  # combinations of widths in one class: an activation that three weights read, at 7 widths
 )
 PROVED = 1e-9  # relative: harm this near its bound is least
-MOST_NODES = 20_000  # of branch and cut
+MOST_NODES = 5_000  # of branch and cut
 
 
 class UnprovedWarning(UserWarning):
@@ -108,10 +111,9 @@ def _program(
         return numbers, places, tuple(len(widths[number]) for number in numbers)
 
     tables: Table = {}
-    summands = [
-        ((site,), {(w,): value for w, value in table.items()}) for site, table in sorted(harm.items())
-    ]
-    summands += [(sites, dict(table)) for sites, table in sorted(pairs.items())]
+    summands: list[tuple[tuple[str, ...], dict[tuple[int, ...], float]]] = []
+    summands += [((site,), {(w,): value for w, value in harm[site].items()}) for site in sorted(harm)]
+    summands += [(sites, {**pairs[sites]}) for sites in sorted(pairs)]
     for sites, table in summands:
         numbers, places, shape = place(*sites)
         values = np.array([table[w] for w in places], np.float64).reshape(shape)
@@ -238,7 +240,7 @@ def _by_branch_and_cut(program: _Program) -> list[int]:
     if gap > max(PROVED * abs(float(solved.fun)), 2e-6):
         warnings.warn(
             f"the integer program was given up after {MOST_NODES} nodes: other widths may do less harm, by "
-            f"at most {gap / scale:.3g} of {float(solved.fun) / scale:.6g} ({gap / abs(solved.fun):.2%})",
+            f"at most {gap / scale:.3g} of {float(solved.fun) / scale:.6g} ({gap / abs(solved.fun):.1e})",
             UnprovedWarning,
             stacklevel=3,
         )
@@ -254,7 +256,8 @@ def _constraint(rows: list[tuple[dict[int, float], float, float]], columns: int)
     where = np.fromiter((column for entries, _, _ in rows for column in entries), np.int64)
     values = np.fromiter((value for entries, _, _ in rows for value in entries.values()), np.float64)
     matrix = csr_array((values, where, counts), shape=(len(rows), columns))
-    return LinearConstraint(matrix, [low for _, low, _ in rows], [high for _, _, high in rows])
+    low, high = ([row[place] for row in rows] for place in (1, 2))
+    return LinearConstraint(matrix, low, high)  # pyright: ignore[reportArgumentType]
 
 
 @contextmanager

@@ -12,6 +12,9 @@ below the threshold was left out.
 Costs and limits are integers, and compared as such.
 """
 
+# pyright: basic
+# scipy has no types.
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -21,8 +24,8 @@ from math import fsum
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linprog
-from scipy.sparse import csr_array
+from scipy.optimize import linprog  # pyright: ignore[reportMissingTypeStubs]
+from scipy.sparse import csr_array  # pyright: ignore[reportMissingTypeStubs]
 
 Reals = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -33,8 +36,10 @@ GROWTH = 1.2  # of the threshold: the list grows about fourfold
 LONG = 2_000  # a list of more choices is worth pruning
 CHANGES = (0.02, 0.04, 0.1)  # of prices, that prune a list
 MOST_LISTED = 12_000_000  # numbers in a list, about 0.2 GB
-MOST_PAIRS = 100_000_000  # that are looked at
+MOST_PAIRS = 30_000_000  # that are looked at for one threshold
+MOST_TIES = 1_000  # optima of the same cost, of which the first options are taken
 PAIRS_AT_ONCE = 2_000_000
+CELLS = 1 << 14  # of a limit's range, so that a pair of cells and a place in a third range fit into 63 bits
 SLICES = 24  # of one list by excess, so that pairs of too much excess are not even formed
 
 
@@ -130,7 +135,7 @@ def _solve(classes: list[Options], limits: Integers) -> list[int]:
         (len(kind.classes) * kind.options.cost[kind.best] for kind in kinds), np.zeros_like(limits)
     )
     size = fsum(len(kind.classes) * abs(kind.options.harm[kind.best]) for kind in kinds)
-    same = SAME * (size + float(np.abs(room) @ prices))
+    same = SAME * (size + float(limits @ prices))
     excesses = np.sort(np.concatenate([np.delete(kind.excess, kind.best) for kind in kinds]))
     most = float(sum(len(kind.classes) * kind.excess.max() for kind in kinds)) + float(
         np.abs(room - sum(len(k.classes) * np.minimum(k.extra.min(0), 0) for k in kinds)) @ prices
@@ -142,7 +147,7 @@ def _solve(classes: list[Options], limits: Integers) -> list[int]:
             return _assign(kinds, found)
         if threshold > most:
             raise AssertionError("the options of least cost do not fit")
-        threshold = max(threshold * GROWTH, same)
+        threshold = max(threshold * GROWTH, same, SAME * most)
 
 
 def _prices(kinds: list[Options], counts: list[int], limits: Integers) -> Reals:
@@ -187,8 +192,8 @@ def _within(
     search = _Search(kinds, room, prices, threshold + same)
     one = search.listed(near[0::2][::-1], near[1::2])
     two = search.listed(near[1::2][::-1], near[0::2])
-    best, ties = threshold, []
-    looked = 0
+    best, looked = threshold, 0
+    ties: list[tuple[float, float, int, int]] = []  # value, share of the limits that is left, entries
     for first, second in _pairs(one, two, room, prices, threshold + same):
         looked += len(first)
         if looked > MOST_PAIRS:
@@ -199,14 +204,14 @@ def _within(
         if good.any():
             best = min(best, float(value[good].min()))
             share = (slack[good] / np.maximum(limits, 1)).sum(1)
-            ties += zip(
-                value[good].tolist(), share.tolist(), first[good].tolist(), second[good].tolist(), strict=True
-            )
+            found = zip(value[good], share, first[good], second[good], strict=True)
+            ties += [(float(v), float(left), int(a), int(b)) for v, left, a, b in found]
             ties = [tie for tie in ties if tie[0] <= best + same]
+            most = max(tie[1] for tie in ties)
+            ties = [tie for tie in ties if tie[1] >= most - SAME][:MOST_TIES]
     if not ties:
         return None
-    left = max(tie[1] for tie in ties)
-    ends = [one.moves(tie[2]) + two.moves(tie[3]) for tie in ties if tie[1] >= left - SAME]
+    ends = [one.moves(tie[2]) + two.moves(tie[3]) for tie in ties]
     return min(ends, key=lambda moves: _assign(kinds, moves))
 
 
@@ -271,18 +276,20 @@ class _Search:
         )
 
     def completable(self, excess: Reals, extra: Integers, others: list[int]) -> Integers:
-        """Choices that other prices do not prove to exceed the threshold, whatever the others choose."""
-        keep = np.arange(len(excess))
+        """Choices that others may complete within the limits, as far as one limit or other prices tell."""
+        near = [(self.kinds[number], self.kinds[number].excess <= self.threshold) for number in others]
+        room = self.room.copy()
+        for kind, some in near:
+            room -= len(kind.classes) * kind.extra[some].min(0)
+        keep = np.flatnonzero((extra <= room).all(1))
         rows = _widest(extra * self.prices)
         for change in CHANGES:
             signs = np.array([s for s in product((-1.0, 0.0, 1.0), repeat=len(rows)) if any(s)])
             moved = np.zeros((len(self.room), len(signs)))
             moved[rows] = signs.reshape(len(signs), len(rows)).T * self.prices[rows, None] * change
             most = self.threshold + self.room @ moved
-            for number in others:
-                kind = self.kinds[number]
-                near = kind.excess <= self.threshold
-                value = kind.excess[near, None] + kind.extra[near] @ moved
+            for kind, some in near:
+                value = kind.excess[some, None] + kind.extra[some] @ moved
                 most -= len(kind.classes) * np.minimum(value.min(0), 0.0)
             for way, limit in zip(moved.T, most, strict=True):
                 keep = keep[excess[keep] + extra[keep] @ way <= limit]
@@ -320,7 +327,6 @@ def _pairs(
         lefts = np.flatnonzero(one.excess + least <= threshold)
         if not len(lefts):
             break
-        wide = threshold - least + margin * 4
         reach = threshold - least - one.excess[lefts]
         if not len(rows):
             low, high = np.zeros(len(lefts), np.int64), np.full(len(lefts), len(part))
@@ -328,7 +334,9 @@ def _pairs(
             continue
         fine, cells = rows[0], rows[1:]
         origin = priced_two[part].min(0)
-        cell_of = np.floor((priced_two[np.ix_(part, cells)] - origin[cells]) / wide).astype(np.int64)
+        # At least as wide as what is looked for, so that it lies in two neighbouring cells.
+        wide = np.maximum(threshold - least + margin * 4, np.ptp(priced_two[part], axis=0) / CELLS)
+        cell_of = np.floor((priced_two[np.ix_(part, cells)] - origin[cells]) / wide[cells]).astype(np.int64)
         sizes = cell_of.max(0, initial=0) + 1 if len(cells) else np.zeros(0, np.int64)
         unit = (float(priced_two[part, fine].max()) - origin[fine]) / 2**30 or 1.0
         key = np.zeros(len(part), np.int64)
@@ -340,8 +348,8 @@ def _pairs(
         upper = target - priced_one[lefts] - origin  # what the other may use at most, and `reach` below it
         top = np.floor((upper[:, fine] + margin) / unit).clip(-1, 2**31).astype(np.int64)
         bottom = np.floor((upper[:, fine] - reach - margin) / unit).clip(0, 2**31).astype(np.int64)
-        firsts = [np.floor((upper[:, c] - reach - margin) / wide).astype(np.int64) for c in cells]
-        lasts = [np.floor((upper[:, c] + margin) / wide).astype(np.int64) for c in cells]
+        firsts = [np.floor((upper[:, c] - reach - margin) / wide[c]).astype(np.int64) for c in cells]
+        lasts = [np.floor((upper[:, c] + margin) / wide[c]).astype(np.int64) for c in cells]
         for steps in product(range(2), repeat=len(cells)):
             valid = top >= bottom
             base = np.zeros(len(lefts), np.int64)
