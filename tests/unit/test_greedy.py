@@ -201,8 +201,12 @@ def test_an_infeasible_budget_says_what_can_be_reached():
         check_feasible(PROFILE, budget, allowed)
 
     # 100 weights pinned at 8 bit and 300 at 2 or 4 bit; 50 activations at 2 or 8 bit.
-    assert "  weights=174B: reachable are 175 B to 250 B\n" in str(raised.value)
-    assert "  act_max=12B: reachable are 13 B to 50 B\n" in str(raised.value)
+    assert "  weights=174B: reachable are 175 B to 250 B; at least 175 B, which is 1 B above\n" in str(
+        raised.value
+    )
+    assert "  act_max=12B: reachable are 13 B to 50 B; at least 13 B, which is 1 B above\n" in str(
+        raised.value
+    )
     assert "bops" not in str(raised.value)
     assert "Ask for more, allow narrower candidates, or drop a pin." in str(raised.value)
 

@@ -85,11 +85,14 @@ def check_feasible(profile: Profile, budget: Budget, allowed: Choices) -> None:
     lowest, highest = allowed.at(lowest=True), allowed.at(lowest=False)
     broken = budget.exceeded(profile, lowest)
     if broken:
-        lines = [
-            f"  {limit.text}: reachable are {format_amount(limit.cost, limit.used(profile, lowest))} "
-            f"to {format_amount(limit.cost, limit.used(profile, highest))}"
-            for limit in broken
-        ]
+        lines: list[str] = []
+        for limit in broken:
+            least, most = limit.used(profile, lowest), limit.used(profile, highest)
+            reachable = [format_amount(limit.cost, amount) for amount in (least, most, least - limit.asked)]
+            lines.append(
+                f"  {limit.text}: reachable are {reachable[0]} to {reachable[1]}; "
+                f"at least {reachable[0]}, which is {reachable[2]} above"
+            )
         raise InfeasibleError(
             "the budget cannot be met with these candidates and pins:\n" + "\n".join(lines) + "\n"
             "  Ask for more, allow narrower candidates, or drop a pin."
