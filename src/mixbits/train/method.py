@@ -18,7 +18,7 @@ from mixbits.graph.quant_graph import QuantGraph
 from mixbits.quant.quantizer import Frozen, LearnedStep, Quantizer
 from mixbits.search.greedy import Choices, check_feasible, choices, fit, noise_power
 from mixbits.train.finetune import Finetune
-from mixbits.train.steps import Loop
+from mixbits.train.steps import PLAIN_LOOP, Loop
 from mixbits.train.task import Task
 
 ROUNDING_SLACK = 1e-6  # a learned width of 3.0000001 bits, a rounding error, is 3 bits
@@ -88,7 +88,7 @@ class Method(ABC):
 
 
 def learn(
-    method: Method, graph: QuantGraph, task: Task, target: Target, loop: Loop
+    method: Method, graph: QuantGraph, task: Task, target: Target, loop: Loop = PLAIN_LOOP
 ) -> tuple[Policy, Learned]:
     """Run a method and turn what it learned into a policy that covers every site and fits the budget exactly.
 
