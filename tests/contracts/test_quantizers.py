@@ -14,6 +14,7 @@ from torch import Tensor
 import mixbits.methods
 import mixbits.quant
 from mixbits.core.grid import Codebook, dequantize, describe, quantize
+from mixbits.methods.ddq import LearnedLevels, start_gates
 from mixbits.methods.mpdnn import LearnedWidth, as_parameters
 from mixbits.quant.observe import Recorder
 from mixbits.quant.quantizer import LearnedStep, Quantizer
@@ -46,6 +47,22 @@ def learned_width(parametrization, signed: bool, bits: int, q_max: float) -> Cal
     return lambda: LearnedWidth(parametrization, first, second, signed=signed, least_bits=least)
 
 
+def learned_levels(signed: bool, bits: int) -> Callable[[], Quantizer]:
+    generator = torch.Generator().manual_seed(bits)
+    levels = torch.rand(2**6, generator=generator).sort().values * 255 - (128 if signed else 0)
+    return lambda: LearnedLevels(
+        levels,
+        start_gates(bits, 6),
+        torch.tensor(0.01),
+        signed=signed,
+        keeps_zero=True,
+        least_bits=1,
+        shared_by=100,
+        power=1000.0,
+        correction=1.0,
+    )
+
+
 # A fixed grid with a learned step, and learned widths: on the grid (.875, 1) and off it (1.15).
 FIXED = {
     f"step, {describe(grid)} {i}": learned_step(grid) for i, grid in enumerate(UNIFORM_GRIDS + CODEBOOKS)
@@ -58,11 +75,17 @@ LEARNED = {
     for signed in (True, False)
     for bits, q_max in ((2, 1.0), (3, 1.15), (8, 0.875))
 }
-QUANTIZERS = FIXED | LEARNED
+LEVELS = {
+    f"levels, {'signed' if signed else 'unsigned'}, {bits} of 6 bit": learned_levels(signed, bits)
+    for signed in (True, False)
+    for bits in (2, 3, 6)
+}
+QUANTIZERS = FIXED | LEARNED | LEVELS
 
 each_quantizer = pytest.mark.parametrize("make", QUANTIZERS.values(), ids=QUANTIZERS)
 each_fixed = pytest.mark.parametrize("make", FIXED.values(), ids=FIXED)
-each_learned = pytest.mark.parametrize("make", LEARNED.values(), ids=LEARNED)
+each_learned = pytest.mark.parametrize("make", (LEARNED | LEVELS).values(), ids=LEARNED | LEVELS)
+each_exact = pytest.mark.parametrize("make", (FIXED | LEVELS).values(), ids=FIXED | LEVELS)
 
 
 def concrete(parent: type[Quantizer]) -> Iterator[type[Quantizer]]:
@@ -101,8 +124,8 @@ def test_every_quantizer_class_is_under_this_contract():
     assert found == {type(make()) for make in QUANTIZERS.values()} | set(NOT_COVERED)
 
 
-@each_fixed
-def test_a_fixed_grid_computes_the_definition_ties_included(make):
+@each_exact
+def test_a_quantizer_computes_the_definition_ties_included(make):
     quantizer = make().eval()
     x = dense(quantizer)
 
@@ -202,7 +225,7 @@ def test_gradient_of_the_width_reaches_the_parameters(make):
 
     quantizer.bits().backward()
 
-    grads = [p.grad.abs().item() for p in quantizer.parameters() if p.grad is not None]
+    grads = [p.grad.abs().sum().item() for p in quantizer.parameters() if p.grad is not None]
     # A width inferred from two ranges stops at the least one; a width parameter is held by its bounds.
     assert (sum(grads) > 0) is (not least or quantizer.parametrization not in ("u3", "p3"))
 

@@ -51,9 +51,11 @@ from mixbits.train.task import Task
 GateGradient = Literal["difference", "constant"]
 
 CELLS = 2 * level_count(MAX_BITS)  # halves of a level: every threshold between two bytes is one
+DENSITY_POWER = 0.4
 ADAM_BETAS = (0.9, 0.99)  # of the gates' optimizer
 FIRST_EXPONENT = 0.02  # of a limit's factor, the paper's
-EXPONENT_GROWTH = 14.0  # natural logarithm of how far the exponent can grow in the whole of learning
+EXPONENT_GROWTH = 40.0  # natural logarithm of how far the exponent can grow in the whole of learning
+ROUNDING_SLACK = 1e-5  # relative: a level at the end of its cell is not moved again
 NARROWEST_SPAN = 2.0  # levels between the lowest and the highest one, so that two codes remain
 
 
@@ -117,7 +119,7 @@ class _Nearest(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917  autograd calls by position
         ctx: Any,
         x: Tensor,
         step: Tensor,
@@ -184,6 +186,7 @@ class LearnedLevels(Quantizer):
         self.gate_gradient: GateGradient = gate_gradient
         byte = Uniform(MAX_BITS, signed)
         self.lowest, self.highest = byte.level_min, byte.level_max
+        self.project_()
 
     def byte_levels(self, gates: Tensor) -> tuple[Tensor, Tensor]:
         """The integer level of every code for binary ``gates`` in descending order, and the probe."""
@@ -244,25 +247,20 @@ class LearnedLevels(Quantizer):
         bits = int(self.bits().item())
         self.levels.clamp_(self.lowest, self.highest)
         blocks = self.levels.reshape(level_count(bits), -1)
-        means = blocks.mean(1)
-        if bool((means[1:] < means[:-1]).any()) or bool(means[-1] - means[0] < NARROWEST_SPAN):
-            order = torch.sort(means).indices
-            blocks = blocks[order] - means[order, None]
-            means = means[order]
-            middle = 0.5 * (means[-1] + means[0]).clamp(self.lowest + 1, self.highest - 1)
-            if means[-1] - means[0] < NARROWEST_SPAN:
-                half = 0.5 * NARROWEST_SPAN
-                means = middle + torch.linspace(-half, half, len(means), device=means.device)
-            blocks = blocks + means[:, None]
-            self.levels.copy_(blocks.reshape(-1))
-        if blocks.shape[1] > 1:
-            gaps = 0.5 * (means[1:] - means[:-1])
-            room = torch.minimum(torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]]))
-            away = blocks - means[:, None]
-            reach = away.abs().amax(1)
-            away = away * torch.clamp(room / reach.clamp_min(SMALLEST_STEP), max=1.0)[:, None]
-            if bool((reach > room).any()):
-                self.levels.copy_((means[:, None] + away).reshape(-1))
+        means, order = torch.sort(blocks.mean(1))
+        away = (blocks - blocks.mean(1, keepdim=True))[order]
+        narrow = bool(means[-1] - means[0] < NARROWEST_SPAN)
+        if narrow:
+            half = 0.5 * NARROWEST_SPAN
+            middle = means.mean().clamp(self.lowest + half, self.highest - half)
+            means = middle + torch.linspace(-half, half, len(means), device=means.device)
+        gaps = 0.5 * means.diff()
+        room = torch.minimum(torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]]))
+        reach = away.abs().amax(1)
+        far = bool((reach > room * (1.0 + ROUNDING_SLACK)).any())
+        if narrow or far or not bool((order.diff() > 0).all()):
+            shorter = torch.clamp(room / reach.clamp_min(SMALLEST_STEP), max=1.0)
+            self.levels.copy_((means[:, None] + shorter[:, None] * away).reshape(-1))
 
 
 class Pressure(nn.Module):
@@ -289,13 +287,12 @@ class Pressure(nn.Module):
         return ratios
 
     def factor(self, ratios: list[Tensor | None]) -> Tensor:
-        """``prod (used / asked)**exponent`` over the limits that are exceeded."""
-        total = torch.ones(())
+        """``prod (used / asked)**exponent`` over the limits that are exceeded; above e its tangent there."""
+        power = torch.zeros(())
         for ratio, exponent in zip(ratios, self.exponents, strict=True):
-            if ratio is not None and ratio > 1.0:
-                cut = 1.0 / math.log(float(ratio.detach()))  # a factor of at most e
-                total = total.to(ratio) * ratio ** min(float(exponent), cut)
-        return total
+            if ratio is not None:
+                power = power.to(ratio) + exponent.to(ratio) * torch.log(ratio.clamp_min(1.0))
+        return torch.where(power < 1.0, torch.exp(power.clamp_max(1.0)), math.e * power)
 
     def update_(self, ratios: list[Tensor | None], share: float) -> None:
         """Raise the exponents of exceeded limits, lower the others; ``share`` of learning has passed."""
@@ -360,9 +357,9 @@ class DDQ(Method):
             return seen["loss"]
 
         def penalty() -> Tensor:
-            """What the factor adds to the loss."""
+            """What the factor adds to the loss: it is the gates that it presses, not the weights."""
             seen["ratios"] = pressure.excess(profile, widths())
-            return seen["loss"] * (pressure.factor(seen["ratios"]) - 1.0)
+            return seen["loss"].detach() * (pressure.factor(seen["ratios"]) - 1.0)
 
         def update_gates() -> None:
             gate_optimizer.step()
@@ -453,10 +450,11 @@ def start_gates(bits: int, most_bits: int) -> Tensor:
 
 
 def density_levels(values: Tensor, count: int, *, signed: bool) -> Tensor:
-    """``count`` rising levels whose density is the cube root of that of ``values``.
+    """``count`` rising levels, denser where ``values`` are: as the power ``DENSITY_POWER`` of their density.
 
-    Many such levels make the least squared error (Panter and Dite 1951), and so, about, do the means of
-    neighbours: whatever gates close, what remains is near the best.
+    With the power 1/3 many levels make the least squared error (Panter and Dite 1951); few ones want more.
+    On a normal distribution the means that remain, however many gates close, are within 11 % of the least
+    error at 2 to 5 bits and 30 % at one.
     """
     bins = 1024
     low = float(values.min()) if signed else 0.0
@@ -464,7 +462,7 @@ def density_levels(values: Tensor, count: int, *, signed: bool) -> Tensor:
     if signed:
         high = max(high, -low)
         low = -high
-    density = torch.histc(values.float().cpu(), bins, low, high) ** (1.0 / 3.0)
+    density = torch.histc(values.float().cpu(), bins, low, high) ** DENSITY_POWER
     below = torch.cat([torch.zeros(1), density.cumsum(0)])
     wanted = (torch.arange(count) + 0.5) / count * below[-1]
     right = torch.searchsorted(below, wanted).clamp(1, bins)
