@@ -13,10 +13,10 @@ from torch import Tensor
 
 import mixbits.methods
 import mixbits.quant
-from mixbits.core.grid import Codebook, dequantize, describe, quantize
+from mixbits.core.grid import Codebook, Uniform, dequantize, describe, quantize
 from mixbits.methods.ddq import LearnedLevels, start_gates
 from mixbits.methods.mpdnn import LearnedWidth, as_parameters
-from mixbits.quant.observe import Recorder
+from mixbits.quant.observe import Recorder, mse_step
 from mixbits.quant.quantizer import LearnedStep, Quantizer
 from strategies import UNIFORM_GRIDS
 
@@ -266,6 +266,28 @@ def test_a_step_that_an_update_made_negative_is_positive_again():
 
     assert (quantizer.step > 0).all()
     assert torch.isfinite(quantizer(torch.tensor([[1.0], [-1.0]]))).all()
+
+
+def test_a_codebook_s_step_learns_at_the_pace_of_the_same_uniform_grid():
+    grids = (Uniform(3, signed=True, form="narrow"), Codebook(3, tuple(range(-96, 97, 32))))
+    x = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    learned = []
+    for grid, spacing in zip(grids, (1, 32), strict=True):
+        quantizer = LearnedStep(grid, torch.tensor(0.4 / spacing), shared_by=500)
+        optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.5)
+        (quantizer(x) * x).sum().backward()
+        optimizer.step()
+        learned.append(quantizer.step.item() * spacing)
+
+    assert learned[0] != pytest.approx(0.4, rel=0.01)
+    assert learned[1] == pytest.approx(learned[0], rel=1e-4)  # sums of float32 in another order
+
+
+@pytest.mark.parametrize("levels", [(-4, -1, 0, 1), (-1, 0, 1, 4)], ids=["down", "up"])
+def test_the_step_of_least_error_is_found_whichever_way_a_codebook_reaches_further(levels):
+    values = 0.05 * torch.tensor(levels).repeat(9)[None]
+
+    assert mse_step(values, Codebook(2, levels)).item() == pytest.approx(0.05)
 
 
 def test_a_recorder_passes_values_on_and_keeps_an_even_sample():

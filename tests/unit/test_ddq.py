@@ -22,6 +22,7 @@ from mixbits.graph.quant_graph import QuantGraph, capture, put_
 from mixbits.lower import lower
 from mixbits.methods.ddq import (
     DDQ,
+    GateGradient,
     LearnedLevels,
     Pressure,
     density_levels,
@@ -202,6 +203,7 @@ def test_a_gradient_with_the_normalization_inside_is_another():
     merged, _ = merged_levels(levels, gates, "constant")
 
     (merged[0] / torch.exp2(3.0 - gates.sum())).backward()
+    assert gates.grad is not None
 
     # That of the constant, and Z's own: ln 2 a gate times the level.
     assert gates.grad.tolist() == approx([-0.1 - math.log(2), 0.35 - math.log(2), 0.6 - math.log(2)])
@@ -220,21 +222,22 @@ def test_the_gradient_of_a_gate_is_the_difference_that_it_makes(gate, state):
         lambda g: merged_levels(torch.tensor(Q, dtype=torch.float64), g, "difference")[0], gates
     )
 
-    assert torch.allclose(jacobian[:, gate], merged(1.0) - merged(0.0))  # type: ignore[index]
+    assert isinstance(jacobian, Tensor)
+    assert torch.allclose(jacobian[:, gate], merged(1.0) - merged(0.0))
 
 
 def test_moving_all_levels_leaves_the_difference_and_not_the_constant_formula():
-    def gradient(kind: str, shift: float) -> Tensor:
+    def gradient(kind: GateGradient, shift: float) -> Tensor:
         gates = torch.ones(3, requires_grad=True)
-        merged_levels(torch.tensor(Q) + shift, gates, kind)[0][2].backward()
-        return gates.grad
+        first = merged_levels(torch.tensor(Q) + shift, gates, kind)[0][2]
+        return torch.autograd.grad(first, gates)[0]
 
     assert torch.allclose(gradient("difference", 0.0), gradient("difference", 5.0), atol=1e-6)
     assert not torch.allclose(gradient("constant", 0.0), gradient("constant", 5.0), atol=1.0)
 
 
-@pytest.mark.parametrize(("gate", "closed_by"), [(0.5, "-"), (-0.5, "+")], ids=["open", "closed"])
-def test_with_correction_a_gate_s_gradient_is_how_the_squared_error_changes(gate, closed_by):
+@pytest.mark.parametrize("gate", [0.5, -0.5], ids=["open", "closed"])
+def test_with_correction_a_gate_s_gradient_is_how_the_squared_error_changes(gate):
     """No gradient from above: what is left is the error of one bit less (or more), to second order too."""
     x = torch.tensor([-0.95, -0.7, -0.5, -0.3, 0.15, 0.3, 0.6, 0.9])
     state = (0.9, 0.8, gate)
@@ -248,6 +251,7 @@ def test_with_correction_a_gate_s_gradient_is_how_the_squared_error_changes(gate
             return 0.5 * ((fixed(x) - x) / STEP).square().sum().item()
 
     change = error(0.5) - error(-0.5)
+    assert made.gates.grad is not None
     # Values may choose another level when levels merge, so the least error is at most what was foreseen.
     assert change < 0
     assert made.gates.grad[2].item() == pytest.approx(change, rel=0.35)
@@ -294,11 +298,11 @@ def test_the_gradient_of_memory_to_a_gate_is_the_size_of_its_tensor():
     made = {site: quantizer((0.5, 0.5, gate)) for site, gate in (("a", 0.5), ("b", -0.5))}
     used = 1000 * made["a"].bits() + 2000 * made["b"].bits()
 
-    used.backward()
+    to_a, to_b = torch.autograd.grad(used, [made["a"].gates, made["b"].gates])
 
     assert used.item() == 7000
-    assert made["a"].gates.grad.tolist() == [1000.0] * 3
-    assert made["b"].gates.grad.tolist() == [2000.0] * 3
+    assert to_a.tolist() == [1000.0] * 3
+    assert to_b.tolist() == [2000.0] * 3
 
 
 def test_a_limit_comes_down_and_its_exponent_grows_while_it_is_exceeded():
@@ -309,13 +313,13 @@ def test_a_limit_comes_down_and_its_exponent_grows_while_it_is_exceeded():
     profile = replace(profile, sites=sites)
     bits = {"a": torch.tensor(8.0), "b": torch.tensor(8.0), "c": torch.tensor(2.0)}
 
-    first = pressure.excess(profile, bits)
+    def ratios() -> list[float]:
+        return [float(ratio) for ratio in pressure.excess(profile, bits) if ratio is not None]
+
+    assert ratios() == pytest.approx([0.5, 1.0])
     for _ in range(10):
         pressure.update_(pressure.excess(profile, bits), 0.025)
-    later = pressure.excess(profile, bits)
-
-    assert [ratio.item() for ratio in first] == pytest.approx([0.5, 1.0])
-    assert [ratio.item() for ratio in later] == pytest.approx([1.0, 1.0], rel=1e-5)
+    assert ratios() == pytest.approx([1.0, 1.0], rel=1e-5)
     for _ in range(20):
         pressure.update_(pressure.excess(profile, bits), 0.025)
     assert pressure.exponents[0] > 10 * pressure.exponents[1]
