@@ -34,7 +34,7 @@ from mixbits.quant.functional import fake_quantize
 from mixbits.quant.quantizer import LearnedStep
 from mixbits.runtime.executor import Executor
 from mixbits.train.checkpoint import Checkpoint
-from mixbits.train.finetune import Finetune, finetune
+from mixbits.train.finetune import Finetune, finetune, place_policy
 from mixbits.train.method import Target, learn
 from mixbits.train.steps import Loop
 from mixbits.train.task import Task, make_task
@@ -510,6 +510,17 @@ def test_the_learned_network_is_its_frozen_codebooks():
 
     with torch.no_grad():
         assert torch.equal(fixed.module.eval()(inputs), network(inputs))
+
+
+def test_finetuning_starts_from_the_learned_levels_and_steps():
+    policy, found = learn(DDQ(epochs=2), padded(), task(), TARGET, Loop())
+    kept = [site for site, frozen in found.frozen.items() if frozen.grid == policy.grids[site]]
+    assert {"weight", "activation"} == {found.graph.profile.site(site).kind for site in kept}
+
+    placed = place_policy(found.graph, policy, task().train, start=found.frozen).quantizers
+
+    for site in kept:
+        assert torch.equal(placed[site].freeze().step, found.frozen[site].step), site
 
 
 class StoppedLoop:
