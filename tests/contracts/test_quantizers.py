@@ -14,9 +14,10 @@ from torch import Tensor
 import mixbits.methods
 import mixbits.quant
 from mixbits.core.grid import Codebook, Uniform, dequantize, describe, quantize
+from mixbits.methods.ddq import LearnedLevels, start_gates
 from mixbits.methods.mpdnn import LearnedWidth, as_parameters
 from mixbits.methods.sdq import DBP, EntropyStep, StochasticWidth
-from mixbits.quant.observe import Recorder
+from mixbits.quant.observe import Recorder, mse_step
 from mixbits.quant.quantizer import LearnedStep, Quantizer
 from strategies import UNIFORM_GRIDS
 
@@ -57,6 +58,22 @@ def drawn_width(place: int, *, bipolar: bool) -> Callable[[], Quantizer]:
     return make
 
 
+def learned_levels(signed: bool, bits: int) -> Callable[[], Quantizer]:
+    generator = torch.Generator().manual_seed(bits)
+    levels = torch.rand(2**6, generator=generator).sort().values * 255 - (128 if signed else 0)
+    return lambda: LearnedLevels(
+        levels,
+        start_gates(bits, 6),
+        torch.tensor(0.01),
+        signed=signed,
+        keeps_zero=True,
+        least_bits=1,
+        shared_by=100,
+        power=1000.0,
+        correction=1.0,
+    )
+
+
 # A fixed grid with a learned step, and learned widths: on the grid (.875, 1) and off it (1.15).
 FIXED = {
     f"step, {describe(grid)} {i}": learned_step(grid) for i, grid in enumerate(UNIFORM_GRIDS + CODEBOOKS)
@@ -79,11 +96,17 @@ LEARNED = {
     for signed in (True, False)
     for bits, q_max in ((2, 1.0), (3, 1.15), (8, 0.875))
 }
-QUANTIZERS = FIXED | LEARNED
+LEVELS = {
+    f"levels, {'signed' if signed else 'unsigned'}, {bits} of 6 bit": learned_levels(signed, bits)
+    for signed in (True, False)
+    for bits in (2, 3, 6)
+}
+QUANTIZERS = FIXED | LEARNED | LEVELS
 
 each_quantizer = pytest.mark.parametrize("make", QUANTIZERS.values(), ids=QUANTIZERS)
 each_fixed = pytest.mark.parametrize("make", FIXED.values(), ids=FIXED)
-each_learned = pytest.mark.parametrize("make", LEARNED.values(), ids=LEARNED)
+each_learned = pytest.mark.parametrize("make", (LEARNED | LEVELS).values(), ids=LEARNED | LEVELS)
+each_exact = pytest.mark.parametrize("make", (FIXED | LEVELS).values(), ids=FIXED | LEVELS)
 
 
 def concrete(parent: type[Quantizer]) -> Iterator[type[Quantizer]]:
@@ -122,8 +145,8 @@ def test_every_quantizer_class_is_under_this_contract():
     assert found == {type(make()) for make in QUANTIZERS.values()} | set(NOT_COVERED)
 
 
-@each_fixed
-def test_a_fixed_grid_computes_the_definition_ties_included(make):
+@each_exact
+def test_a_quantizer_computes_the_definition_ties_included(make):
     quantizer = make().eval()
     x = dense(quantizer)
 
@@ -223,7 +246,7 @@ def test_gradient_of_the_width_reaches_the_parameters(make):
 
     quantizer.bits().backward()
 
-    grads = [p.grad.abs().item() for p in quantizer.parameters() if p.grad is not None]
+    grads = [p.grad.abs().sum().item() for p in quantizer.parameters() if p.grad is not None]
     # A width inferred from two ranges stops at the least one; a width parameter is held by its bounds.
     assert (sum(grads) > 0) is (not least or quantizer.parametrization not in ("u3", "p3"))
 
@@ -264,6 +287,28 @@ def test_a_step_that_an_update_made_negative_is_positive_again():
 
     assert (quantizer.step > 0).all()
     assert torch.isfinite(quantizer(torch.tensor([[1.0], [-1.0]]))).all()
+
+
+def test_a_codebook_s_step_learns_at_the_pace_of_the_same_uniform_grid():
+    grids = (Uniform(3, signed=True, form="narrow"), Codebook(3, tuple(range(-96, 97, 32))))
+    x = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    learned = []
+    for grid, spacing in zip(grids, (1, 32), strict=True):
+        quantizer = LearnedStep(grid, torch.tensor(0.4 / spacing), shared_by=500)
+        optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.5)
+        (quantizer(x) * x).sum().backward()
+        optimizer.step()
+        learned.append(quantizer.step.item() * spacing)
+
+    assert learned[0] != pytest.approx(0.4, rel=0.01)
+    assert learned[1] == pytest.approx(learned[0], rel=1e-4)  # sums of float32 in another order
+
+
+@pytest.mark.parametrize("levels", [(-4, -1, 0, 1), (-1, 0, 1, 4)], ids=["down", "up"])
+def test_the_step_of_least_error_is_found_whichever_way_a_codebook_reaches_further(levels):
+    values = 0.05 * torch.tensor(levels).repeat(9)[None]
+
+    assert mse_step(values, Codebook(2, levels)).item() == pytest.approx(0.05)
 
 
 def test_a_recorder_passes_values_on_and_keeps_an_even_sample():

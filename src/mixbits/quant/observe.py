@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixbits.core.grid import Grid
+from mixbits.core.grid import Codebook, Grid
 from mixbits.quant.functional import nearest_level
 from mixbits.quant.quantizer import SMALLEST_STEP, Frozen, Quantizer
 
@@ -23,7 +23,8 @@ def mse_step(values: Tensor, grid: Grid) -> Tensor:
     >>> mse_step(torch.tensor([[-1.0, 0.0, 1.0]]), Uniform(2, signed=True, form="narrow"))
     tensor([1.])
     """
-    top = values.abs().amax(1).clamp_min(SMALLEST_STEP) / max(grid.level_max, 1)
+    reach = max(grid.level_max, -grid.level_min if isinstance(grid, Codebook) else 1)
+    top = values.abs().amax(1).clamp_min(SMALLEST_STEP) / reach
     best, least = top.clone(), torch.full_like(top, float("inf"))
     for fraction in torch.arange(STEPS_TRIED, 0, -1, device=values.device) / STEPS_TRIED:
         step = top * fraction

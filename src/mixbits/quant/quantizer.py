@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mixbits.core.grid import Grid
+from mixbits.core.grid import Codebook, Grid
 from mixbits.quant.functional import fake_quantize, scale_gradient
 
 SMALLEST_STEP = 1e-8  # keeps x / step finite in float32
@@ -47,7 +47,8 @@ class LearnedStep(Quantizer):
 
     ``step`` is ``[]`` or one per slice of the first dimension, ``[channels, 1, ...]``. The step's gradient is
     scaled by ``1 / sqrt(n * level_max)``, with n the values that share the step (of one sample for
-    activations), LSQ section 2.2.
+    activations), LSQ section 2.2. A codebook's levels count in units of their mean spacing, so that its step
+    learns as fast as that of a uniform grid with as many levels.
     """
 
     def __init__(self, grid: Grid, step: Tensor, *, shared_by: int) -> None:
@@ -55,7 +56,12 @@ class LearnedStep(Quantizer):
         super().__init__()
         self.grid = grid
         self.step = nn.Parameter(step.detach().clone().float().clamp_min(SMALLEST_STEP))
-        self.gradient_scale = (shared_by * max(grid.level_max, 1)) ** -0.5
+        spacing = 1.0
+        if isinstance(grid, Codebook):
+            spacing = (grid.level_max - grid.level_min) / (len(grid.levels) - 1)
+        # The step of a spacing is `spacing * step`: its gradient is smaller, and its change larger, by that.
+        level_max = max(grid.level_max, 1) / spacing
+        self.gradient_scale = (shared_by * level_max) ** -0.5 / spacing**2
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantized ``x``; in bfloat16 training the rounding is still done in float32."""

@@ -60,10 +60,11 @@ def finetune(
 ) -> QuantGraph:
     """A copy of ``graph`` trained with every site on its grid of ``policy``, in eval mode.
 
-    Weight steps are per output channel, chosen by squared error; activation steps are ``start``'s where it
-    has them, else chosen by squared error on training batches. ``teacher`` is the float network for
-    distillation. ``quantizer`` makes what stands on a site while training, ``extra_loss`` a term of the loss
-    from the network as placed; at the end every site has a :class:`LearnedStep`.
+    Weight steps are per output channel, chosen by squared error unless ``start`` has them for the same grid;
+    activation steps are ``start``'s where it has them, else chosen by squared error on training batches.
+    ``teacher`` is the float network for distillation. ``quantizer`` makes what stands on a site while
+    training, ``extra_loss`` a term of the loss from the network as placed; at the end every site has a
+    :class:`LearnedStep`.
 
     Raises ``ValueError`` if the policy does not fit the network, or if distillation lacks its teacher.
     """
@@ -141,7 +142,12 @@ def place_policy(
         grid = policy.grids[site.name]
         if site.kind == "weight":
             weight = student.weight(site.name).detach()
-            step = mse_step(weight.flatten(1), grid).reshape(-1, *[1] * (weight.dim() - 1))
+            learned = start.get(site.name)
+            if learned is not None and learned.grid == grid and learned.step.dim():
+                step = learned.step
+            else:
+                step = mse_step(weight.flatten(1), grid)
+            step = step.reshape(-1, *[1] * (weight.dim() - 1))
             shared = weight[0].numel()
         elif site.name in start:
             step, shared = rescaled_step(start[site.name], policy.grids[site.name].level_max), site.elements
