@@ -103,8 +103,8 @@ def _unit(x: Tensor, clip: Tensor, *, signed: bool) -> Tensor:
 def mix(x: Tensor, clip: Tensor, shares: Tensor, top_codes: Tensor, *, signed: bool) -> Tensor:
     """``sum_i shares_i X_i``: ``x`` limited to ``0 .. clip`` and rounded to ``top_codes_i`` equal steps.
 
-    ``x`` float ``[*]``, ``clip`` positive ``[]``, ``shares`` and ``top_codes`` ``[N]``. With ``n_i`` codes above
-    zero ``X_i = clip * round(n_i x / clip) / n_i``, and the gradients are: to ``x`` one inside; to ``clip`` the mixture
+    ``x`` float ``[*]``, ``clip`` positive ``[]``, ``shares`` and ``top_codes`` ``[N]``. With ``n_i`` the top
+    codes, ``X_i = clip * round(n_i x / clip) / n_i``. Gradients: to ``x`` one inside; to ``clip`` the mixture
     over clip, less ``x / clip`` inside (PACT's with the rounding error); to ``shares_i`` the sum of ``X_i``.
     Signed ``X_i`` are ``clip * (2 round(n_i (x / clip + 1) / 2) / n_i - 1)``, DoReFa's.
 
