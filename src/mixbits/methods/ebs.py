@@ -236,7 +236,7 @@ class MetaWeight(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         """The mixture of the transformed weight."""
         clip = self.mixture.learning_clip()
-        return self.mixture.at_clip(clip * dorefa(x.float(), self.divisor), clip)
+        return self.mixture.at_clip(clip * dorefa(x.to(clip.dtype), self.divisor), clip)
 
     @torch.no_grad()
     def meta_of(self, weight: Tensor) -> Tensor:
@@ -299,7 +299,7 @@ class EBS(Method):
     weight_decay: float = 1e-4  # on weights
     schedule: Schedule = "cosine"  # of lr
     mixing: Literal["softmax", "gumbel"] = "softmax"  # EBS-Det, EBS-Sto
-    strength_lr: float = 0.03  # of Adam, constant
+    strength_lr: float = 0.1  # of Adam, constant
     strength: float = 1.0  # lambda: loss per relative excess of an expected cost over its limit
     first_temperature: float = 5.0  # of "gumbel"
     last_temperature: float = 0.1  # of "gumbel", reached exponentially
@@ -337,6 +337,18 @@ class EBS(Method):
                 for site, mixture in mixtures.items()
             }
 
+        def expected_widths() -> dict[str, Tensor]:
+            return {site: mixture.strengths.expected_bits() for site, mixture in mixtures.items()}
+
+        @torch.no_grad()
+        def measure() -> dict[str, Any]:
+            expected = expected_widths()
+            fractions = {
+                limit.cost: float(limit.used(profile, expected)) / limit.asked
+                for limit in target.budget.limits
+            }
+            return {**used(profile, target.budget, best_widths()), "expected": fractions}
+
         draw(0.0)
         for step in steps(
             graph,
@@ -345,7 +357,7 @@ class EBS(Method):
             loop,
             epochs=self.epochs,
             schedule=self.schedule,
-            measure=lambda: used(profile, target.budget, best_widths()),
+            measure=measure,
             estimate_norms=LEARNING_NORM_BATCHES,
             keep={"strengths": strength_optimizer},
         ):
@@ -353,10 +365,8 @@ class EBS(Method):
             inputs, targets = (part.to(loop.device) for part in data.other)
             with torch.autocast(loop.device.type, torch.bfloat16, enabled=loop.bf16):
                 outputs = forward(inputs).float()
-            expected = {site: mixture.strengths.expected_bits() for site, mixture in mixtures.items()}
-            value = task.loss(outputs, targets) + self.strength * expected_excess(
-                profile, expected, target.budget
-            )
+            excess = expected_excess(profile, expected_widths(), target.budget)
+            value = task.loss(outputs, targets) + self.strength * excess
             for group, grad in zip(groups, torch.autograd.grad(value, values), strict=True):
                 group.value.grad = grad
             strength_optimizer.step()
