@@ -28,7 +28,9 @@ Deviation: the hinge is on the expected cost relative to the limit, for every li
 the largest strengths may be another, so ``learn`` repairs widths and spends what is left.
 Deviation: strengths start equal and learn with Adam without weight decay (momenta as DARTS has them). The
 sampled form ("gumbel") is soft, with a temperature that falls exponentially from 5 to 0.1.
-Deviation: training at the learned widths starts from the meta weights, with learned steps a channel.
+Deviation: training at the learned widths starts from the meta weights. Its steps are learned, a channel for
+weights, and start at the least squared error of the final width, for a clip learned for all candidates suits
+none (on digits at 2 to 3 bit +0.2 % over the learned clips, mean of 7 pairs of runs, within their noise).
 """
 
 from __future__ import annotations
@@ -374,8 +376,7 @@ class EBS(Method):
         bits = best_widths()
         self._write_back_(graph)
         reestimate_batch_norm_(graph, task.train, LEARNING_NORM_BATCHES, loop.device)
-        frozen = {site: graph.quantizers[site].freeze() for site in mixtures}
-        return Learned(graph, bits, self._grid, frozen)
+        return Learned(graph, bits, self._grid)
 
     def _grid(self, site: Site, bits: int) -> Grid:
         return bipolar_grid(bits, signed=site.signed)
