@@ -5,7 +5,7 @@ is how far its resident memory rose above what it was before the first step, and
 the backward pass. ``float`` and ``learned step`` are the network without quantizers and with finetuning's; ``autograd`` is
 the same mixture of five candidates written with ordinary operations, which keep every candidate.
 
-Time: the networks' training steps in turns within one process, with the minimum and median of each.
+Time: CPU seconds of the networks' training steps, in turns within one process, minimum and median of each.
 
     python benchmarks/ebs_memory.py --batch 128
 """
@@ -151,6 +151,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--batch", type=int, default=128)
     options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--parts", nargs="+", choices=("memory", "time"), default=["memory", "time"])
     options.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     chosen = options.parse_args()
     torch.set_num_threads(1)
@@ -160,26 +161,36 @@ def main() -> None:
     print(
         f"ResNet-20, batch {chosen.batch}, one thread; machine: {machine()}; date: {time.strftime('%Y-%m-%d')}\n"
     )
+    if "memory" in chosen.parts:
+        print_memory(chosen.batch)
+    if "time" in chosen.parts:
+        print_time(chosen.batch, chosen.rounds)
+
+
+def print_memory(batch: int) -> None:
+    """A Markdown table of memory, a process a row."""
     print("| network | peak above start, MiB | saved for backward, MiB |\n|---|---|---|")
     for row in ROWS:
-        command = [sys.executable, __file__, "--batch", str(chosen.batch), "--row", row]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, env={**os.environ, **FREED_AT_ONCE}
-        )
+        command = [sys.executable, __file__, "--batch", str(batch), "--row", row]
+        environment = {**os.environ, **FREED_AT_ONCE}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         peak, saved = (int(word) / MIB for word in done.stdout.split())
         print(f"| {row} | {peak:.1f} | {saved:.1f} |", flush=True)
-    graphs = {row: network(row, chosen.batch) for row in ("float", "learned step", *CANDIDATES)}
+    print()
+
+
+def print_time(batch: int, rounds: int) -> None:
+    """A Markdown table of the time of a step, networks in turns; CPU time, so that a busy machine counts less."""
+    graphs = {row: network(row, batch) for row in ("float", "learned step", *CANDIDATES)}
     optimizers = {row: torch.optim.SGD(graph.module.parameters(), 0.01, 0.9) for row, graph in graphs.items()}
-    inputs, targets = torch.randn(chosen.batch, 3, 32, 32), torch.arange(chosen.batch) % 10
+    inputs, targets = torch.randn(batch, 3, 32, 32), torch.arange(batch) % 10
     seconds: dict[str, list[float]] = {row: [] for row in graphs}
-    for _ in range(chosen.rounds + 1):  # the first warms up
+    for _ in range(rounds + 1):  # the first warms up
         for row, graph in graphs.items():
-            began = time.perf_counter()
+            began = time.process_time()
             step(graph, optimizers[row], inputs, targets)
-            seconds[row].append(time.perf_counter() - began)
-    print(
-        f"\n| network | step, s: minimum, median of {chosen.rounds} | of the learned step's |\n|---|---|---|"
-    )
+            seconds[row].append(time.process_time() - began)
+    print(f"| network | CPU s a step: minimum, median of {rounds} | of the learned step's |\n|---|---|---|")
     usual = min(seconds["learned step"][1:])
     for row, all_of in seconds.items():
         best, middle = min(all_of[1:]), statistics.median(all_of[1:])

@@ -738,7 +738,7 @@ def test_on_digits_the_search_trains_and_the_packed_network_answers_as_the_train
         policy, learned = learn(
             EBS(epochs=6), graph, task, Target(parse_budget("weights=3bit,act=4bit")), PLAIN_LOOP
         )
-    trained = finetune(learned.graph, policy, task, Finetune(epochs=6), start=learned.frozen)
+    trained = finetune(learned.graph, policy, task, Finetune(epochs=6))
 
     executor = Executor(lower(trained, policy))
     inputs = torch.cat([batch for batch, _ in task.test.epoch(0)])
