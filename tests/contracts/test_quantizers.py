@@ -15,6 +15,7 @@ import mixbits.methods
 import mixbits.quant
 from mixbits.core.grid import Codebook, Uniform, dequantize, describe, quantize
 from mixbits.methods.ddq import LearnedLevels, start_gates
+from mixbits.methods.ebs import MetaWeight, Mixture, Strengths
 from mixbits.methods.mpdnn import LearnedWidth, as_parameters
 from mixbits.methods.sdq import DBP, EntropyStep, StochasticWidth
 from mixbits.quant.observe import Recorder, mse_step
@@ -101,12 +102,38 @@ LEVELS = {
     for signed in (True, False)
     for bits in (2, 3, 6)
 }
-QUANTIZERS = FIXED | LEARNED | LEVELS
 
+
+def mixture(signed: bool, best: int) -> Callable[[], Mixture]:
+    """A mixture whose largest strength is that of the width ``best``."""
+
+    def make() -> Mixture:
+        strengths = Strengths((1, 2, 3, 5, 8))
+        with torch.no_grad():
+            strengths.value.copy_(2.0 * (strengths.bits == best))
+        return Mixture(strengths, 0.7, signed=signed, shared_by=100)
+
+    return make
+
+
+MIXED = {
+    f"mixture, {'signed' if signed else 'unsigned'}, {bits} bit": mixture(signed, bits)
+    for signed in (True, False)
+    for bits in (1, 2, 3, 8)
+}
+# They quantize a function of their input, so the laws about the input itself are the mixture's alone.
+TRANSFORMED = {
+    f"meta weight, {bits} bit": lambda bits=bits: MetaWeight(mixture(True, bits)()) for bits in (1, 2, 3, 8)
+}
+DIRECT = FIXED | LEARNED | LEVELS | MIXED
+QUANTIZERS = DIRECT | TRANSFORMED
+
+each_direct = pytest.mark.parametrize("make", DIRECT.values(), ids=DIRECT)
+each_mixed = pytest.mark.parametrize("make", (MIXED | TRANSFORMED).values(), ids=MIXED | TRANSFORMED)
 each_quantizer = pytest.mark.parametrize("make", QUANTIZERS.values(), ids=QUANTIZERS)
 each_fixed = pytest.mark.parametrize("make", FIXED.values(), ids=FIXED)
 each_learned = pytest.mark.parametrize("make", (LEARNED | LEVELS).values(), ids=LEARNED | LEVELS)
-each_exact = pytest.mark.parametrize("make", (FIXED | LEVELS).values(), ids=FIXED | LEVELS)
+each_exact = pytest.mark.parametrize("make", (FIXED | LEVELS | MIXED).values(), ids=FIXED | LEVELS | MIXED)
 
 
 def concrete(parent: type[Quantizer]) -> Iterator[type[Quantizer]]:
@@ -179,7 +206,7 @@ def test_every_output_is_a_value_of_the_frozen_grid(make):
     assert torch.isin(quantizer(dense(quantizer)), allowed).all()
 
 
-@each_quantizer
+@each_direct
 def test_every_value_of_the_frozen_grid_is_an_output(make):
     quantizer = make().eval()
     frozen = quantizer.freeze()
@@ -188,7 +215,7 @@ def test_every_value_of_the_frozen_grid_is_an_output(make):
     assert torch.equal(quantizer(allowed), allowed)
 
 
-@each_quantizer
+@each_direct
 def test_quantizing_twice_is_quantizing_once(make):
     quantizer = make().eval()
 
@@ -199,7 +226,7 @@ def test_quantizing_twice_is_quantizing_once(make):
 
 @each_quantizer
 def test_the_width_is_that_of_the_frozen_grid(make):
-    quantizer = make()
+    quantizer = make().eval()
     frozen = quantizer.freeze()
 
     assert quantizer.bits().item() == frozen.grid.bits
@@ -249,6 +276,17 @@ def test_gradient_of_the_width_reaches_the_parameters(make):
     grads = [p.grad.abs().sum().item() for p in quantizer.parameters() if p.grad is not None]
     # A width inferred from two ranges stops at the least one; a width parameter is held by its bounds.
     assert (sum(grads) > 0) is (not least or quantizer.parametrization not in ("u3", "p3"))
+
+
+@each_mixed
+def test_gradient_of_an_expected_width_reaches_the_strengths_alone(make):
+    quantizer = make().train()
+
+    quantizer.bits().backward()
+
+    reached = {name for name, p in quantizer.named_parameters() if p.grad is not None}
+    assert {name.rpartition(".")[2] for name in reached} == {"value"}
+    assert 1 < quantizer.bits().item() < 8
 
 
 @each_fixed

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -89,6 +90,45 @@ class LoaderBatches:
                 yield inputs, targets
             elif position == first - 1 and rng is not None:
                 torch.set_rng_state(rng)
+
+
+class TwoHalves:
+    """Training data in two halves, for methods that learn two things from different samples.
+
+    An epoch yields the batches of one half; meanwhile ``other`` is the batch of the other half that goes with
+    the last one. Data in memory are split by samples (classes in proportion), the same way in every epoch.
+    Other batches are taken in turns: the halves of one epoch are disjoint, but a loader that shuffles deals
+    them anew for the next.
+    """
+
+    other: tuple[Tensor, Tensor]
+
+    def __init__(self, batches: Batches) -> None:
+        """Raises ``ValueError`` if there are not two batches (for data in memory: samples) to divide."""
+        self._whole = batches
+        self._parts: tuple[SampleBatches, SampleBatches] | None = None
+        if isinstance(batches, SampleBatches):
+            one, two = split_held_out(batches.samples, 0.5, batches.seed)
+            self._parts = replace(batches, samples=one), replace(batches, samples=two)
+        elif len(batches) < 2:
+            raise ValueError("one batch of training data cannot be halved; choose a smaller batch size")
+
+    def __len__(self) -> int:
+        """Batches of one half."""
+        return min(map(len, self._parts)) if self._parts else len(self._whole) // 2
+
+    def epoch(
+        self, number: int, first: int = 0, rng: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one half; both of a pair are read before the first is given."""
+        if self._parts:
+            pairs = zip(*(part.epoch(number, first) for part in self._parts), strict=False)
+        else:
+            batches = self._whole.epoch(number, 2 * first, rng)
+            pairs = zip(batches, batches, strict=False)
+        for batch, other in islice(pairs, len(self) - first):
+            self.other = other
+            yield batch
 
 
 def count_correct(outputs: Tensor, targets: Tensor) -> Tensor:
