@@ -14,6 +14,7 @@ from torch import Tensor
 import mixbits.methods
 import mixbits.quant
 from mixbits.core.grid import Codebook, dequantize, describe, quantize
+from mixbits.methods.bmpq import Clipped, SwitchedWeight
 from mixbits.methods.mpdnn import LearnedWidth, as_parameters
 from mixbits.quant.observe import Recorder
 from mixbits.quant.quantizer import LearnedStep, Quantizer
@@ -46,9 +47,27 @@ def learned_width(parametrization, signed: bool, bits: int, q_max: float) -> Cal
     return lambda: LearnedWidth(parametrization, first, second, signed=signed, least_bits=least)
 
 
+def switched_weight(scale, bits: int) -> Callable[[], Quantizer]:
+    return lambda: SwitchedWeight(bits, torch.linspace(-0.9, 0.7, 90).reshape(9, 10), scale=scale)
+
+
+def clipped(signed: bool, bits: int) -> Callable[[], Quantizer]:
+    return lambda: Clipped(bits, torch.tensor(1.2), signed=signed)
+
+
 # A fixed grid with a learned step, and learned widths: on the grid (.875, 1) and off it (1.15).
 FIXED = {
     f"step, {describe(grid)} {i}": learned_step(grid) for i, grid in enumerate(UNIFORM_GRIDS + CODEBOOKS)
+}
+FIXED |= {
+    f"switched weight, {scale}, {bits} bit": switched_weight(scale, bits)
+    for scale in ("learned", "max")
+    for bits in range(1, 9)
+}
+FIXED |= {
+    f"clipped, {'signed' if signed else 'unsigned'}, {bits} bit": clipped(signed, bits)
+    for signed in (True, False)
+    for bits in range(1, 9)
 }
 LEARNED = {
     f"{parametrization}, {'signed' if signed else 'unsigned'}, {bits} bit, {q_max}": learned_width(
@@ -182,7 +201,7 @@ def test_gradients_are_finite(make, place):
 def test_every_parameter_learns_from_values_inside_and_beyond_the_range(make):
     quantizer = make().train()
     # Weights that differ, so that equal and opposite gradients of two values do not cancel.
-    x = dense(quantizer)
+    x = dense(quantizer).requires_grad_()  # a quantizer may have no parameter at all
     (quantizer(x) * torch.linspace(1, 2, len(x))).sum().backward()
 
     silent = {name for name, p in quantizer.named_parameters() if p.grad is None or p.grad.abs().sum() == 0}
