@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from mixbits.core.budget import Budget, parse_budget
+from mixbits.core.cost import COSTS
 from mixbits.core.grid import dequantize, quantize
 from mixbits.core.profile import Profile, Site
-from mixbits.graph.quant_graph import QuantGraph, capture
+from mixbits.fit.recipe import method_of, read_toml, recipe_from_dict
+from mixbits.graph.quant_graph import QuantGraph, capture, put_
+from mixbits.lower.lower import lower
 from mixbits.methods.bmpq import (
     BMPQ,
     Clipped,
@@ -24,12 +29,15 @@ from mixbits.methods.bmpq import (
     SwitchedWeight,
     mean_magnitude,
     normalized_bit_gradient,
+    one_activation_width,
     solve,
     solving_steps,
 )
 from mixbits.pack.bits import pack, unpack
+from mixbits.runtime.executor import Executor
 from mixbits.search.greedy import InfeasibleError, choices
 from mixbits.train.checkpoint import Checkpoint
+from mixbits.train.finetune import Finetune, finetune
 from mixbits.train.method import Target, learn
 from mixbits.train.steps import Loop
 from mixbits.train.task import Task, make_task
@@ -735,3 +743,190 @@ def test_t12_a_run_resumed_within_an_interval_is_the_uninterrupted_one(small, tm
     state, wanted = second.learned.graph.module.state_dict(), whole.learned.graph.module.state_dict()
     assert all(torch.equal(state[key], value) for key, value in wanted.items())
     assert second.policy == whole.policy
+
+
+@pytest.mark.parametrize("scale", ["learned", "max"])
+def test_t14_the_packed_network_is_the_trained_one_in_the_bytes_of_its_widths(small, scale):
+    task, target = small_task(), dataclasses.replace(LIMIT, weight_bits=(1, 2, 4))
+    method = BMPQ(epochs=1, scale=scale)
+    policy, learned = learn(method, small, task, target, Loop())
+    trained = finetune(learned.graph, policy, task, Finetune(epochs=1), start=learned.frozen)
+
+    program = lower(trained)
+
+    sites = small.profile.weights
+    assert program.weight_bytes == sum(-(-site.elements * policy.bits[site.name] // 8) for site in sites)
+    for site in sites:
+        packed, weight = program.weights[site.name], trained.weight(site.name).detach()
+        levels = unpack(packed.packed, packed.grid.bits, site.elements).reshape(len(weight), -1)
+        step = trained.quantizers[site.name].freeze().step.reshape(-1, 1).numpy()
+        values = dequantize(levels, step, packed.grid)
+        assert np.array_equal(values, trained.quantizers[site.name](weight).detach().flatten(1).numpy())
+    images = next(task.test.epoch(0))[0]
+    with torch.no_grad():
+        assert np.array_equal(
+            Executor(program)(images.numpy()).argmax(-1), trained(images).argmax(-1).numpy()
+        )
+
+
+def test_a_narrower_width_changes_the_output_without_another_compilation(small):
+    graph = small.copy()
+    placed = {
+        site.name: SwitchedWeight(4, graph.weight(site.name), scale="learned")
+        if site.kind == "weight"
+        else Clipped(4, torch.tensor(1.0), signed=site.signed)
+        for site in graph.profile.sites
+    }
+    put_(graph, placed)
+    compiled = torch.compile(graph.module.train(), dynamic=False, backend="aot_eager")
+    x = torch.ones(6, 1, 6, 6)
+    before = compiled(x)
+    before.sum().backward()
+
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for bits in (2, 1, 8):
+            for site in graph.profile.sites:
+                arguments = (graph.weight(site.name),) if site.kind == "weight" else ()
+                placed[site.name].set_width_(bits, *arguments)
+            out = compiled(x)
+            out.sum().backward()
+            assert not torch.equal(out, before)
+            before = out
+
+
+def tied_target(budget: str, **options: Any) -> Target:
+    return Target(parse_budget(budget), (2, 3, 4, 5, 6, 7, 8), (2, 3, 4, 5, 6, 7, 8), **options)
+
+
+def one_width(graph: QuantGraph, target: Target) -> dict[str, tuple[int, ...]]:
+    profile = graph.profile
+    return dict(one_activation_width(profile, target, target.choices(profile)).widths)
+
+
+@pytest.mark.parametrize(
+    ("budget", "width"),
+    [("weights=3bit", 8), ("act=4.6bit", 4), ("act_max=40B", 5), ("bops=150k", 5)],
+    ids=["weights alone", "average width", "largest activation", "operations"],
+)
+def test_activations_share_the_widest_width_that_leaves_as_much_to_weights(small, budget, width):
+    profile = small.profile
+    left = one_width(small, tied_target(budget))
+
+    found = {left[site.name] for site in profile.activations}
+
+    assert found == {(width,)}
+    assert all(left[site.name] == (2, 3, 4, 5, 6, 7, 8) for site in profile.weights)
+
+
+def test_pinned_activations_keep_their_width_and_tied_ones_stay_with_their_weight(small):
+    first, second, *_ = [site.name for site in small.profile.activations if site.name != "input"]
+    target = tied_target("act=4.6bit", pins={"input": 8, first: 3}, ties=[("linear.weight", second)])
+
+    left = one_width(small, target)
+
+    assert (left["input"], left[first]) == ((8,), (3,))
+    assert left[second] == left["linear.weight"] == (2, 3, 4, 5, 6, 7, 8)
+
+
+def test_searched_activations_are_as_sensitive_as_the_layers_that_read_them(small):
+    profile, target = small.profile, tied_target("bops=150k")
+    readers = {op.input: op.weight for op in profile.ops}
+    sensitivity = {site.name: 1.0 for site in profile.weights}
+    sensitivity["linear.weight"] = 1000.0
+
+    found = solve(profile, target, target.choices(profile), sensitivity)
+
+    read_by_linear = next(site for site, weight in readers.items() if weight == "linear.weight")
+    assert (found["linear.weight"], found[read_by_linear]) == (8, 8)
+    assert target.budget.fits(profile, found)
+
+
+@pytest.mark.parametrize(
+    "options", [{"activations": "searched"}, {"value": "concave"}, {"layer_share": True}]
+)
+@pytest.mark.parametrize("normalizer", ["ref_q", "unit", "none", "per_bit", "max_level"])
+def test_every_option_gives_widths_that_fit(small, normalizer, options):
+    target = dataclasses.replace(tied_target("weights=3bit,bops=150k,act_max=40B"), weight_bits=(1, 2, 4, 8))
+
+    policy, learned = learn(
+        BMPQ(epochs=1, normalizer=normalizer, **options), small, small_task(), target, Loop()
+    )
+
+    assert target.budget.fits(small.profile, policy.bits)
+    assert policy.bits == learned.bits, "the solution needed no repair"
+
+
+@pytest.mark.parametrize("sensitivity", ["equal", "inverse_size"])
+def test_the_sensitivities_to_compare_with_are_one_and_one_over_the_size(small, sensitivity):
+    run = Run(small, BMPQ(epochs=1, sensitivity=sensitivity), LIMIT)
+
+    found = run.rows[-1]["sensitivity"]
+
+    sizes = {site.name: site.elements for site in small.profile.weights}
+    assert found == {name: 1.0 if sensitivity == "equal" else 1.0 / n for name, n in sizes.items()}
+
+
+def test_the_sensitivity_of_a_layer_is_its_bit_gradient_of_one_backward_pass(small):
+    """One step at a learning rate of zero: the gradient is that of the network as it was placed."""
+    run = Run(small, BMPQ(epochs=1, lr=0.0, interval=0.25, warmup=0.0, freeze=0.25), LIMIT)
+    graph = run.learned.graph  # its weights never moved; the widths of the warm-up were 4 bits
+    for site, quantizer in graph.quantizers.items():
+        if isinstance(quantizer, SwitchedWeight) and site != "linear.weight":
+            quantizer.set_width_(4, graph.weight(site))
+    inputs, targets = next(small_task().train.epoch(0))
+    graph.module.zero_grad()
+
+    nn.functional.cross_entropy(graph.module.train()(inputs), targets).backward()
+
+    for site, found in run.rows[-1]["sensitivity"].items():
+        w = graph.weight(site)
+        written = bit_gradients(w.grad.flatten().double(), w.detach().abs().max().double() / 7, 4)
+        assert found == pytest.approx(written.abs().sum(1).mean().item(), rel=1e-5)
+
+
+def test_finetuning_goes_on_at_the_last_learning_rate_where_that_is_asked_for():
+    options = Finetune(epochs=3, lr=0.1)
+
+    assert BMPQ().finetuning(options) is options
+    assert BMPQ(lr_after=0.001).finetuning(options) == Finetune(epochs=3, lr=0.001, schedule="constant")
+
+
+@pytest.mark.parametrize(
+    "options", [{"epochs": 0}, {"interval": 0.0}, {"warmup": -1.0}, {"freeze": 0.0}, {"freeze": 1.5}], ids=str
+)
+def test_options_that_leave_nothing_to_solve_for_are_refused(options):
+    with pytest.raises(ValueError, match=r"bmpq"):
+        BMPQ(**options)
+
+
+RECIPES = {"bmpq_vgg16_cifar10": (vgg16_bn, 553_363), "bmpq_resnet18_cifar10": (resnet18, 414_865)}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_reduces_the_bits_of_weights_by_15_4(name):
+    network, inner_at_four = RECIPES[name]
+    path = Path(__file__).parents[2] / "recipes" / f"{name}.toml"
+    recipe = recipe_from_dict(read_toml(path), path.name)
+    profile = capture(network(), torch.zeros(2, 3, 32, 32)).profile
+    target, method = recipe.target(), method_of(recipe)
+    sensitivity = {site.name: 1.0 for site in profile.weights}
+
+    allowed = one_activation_width(profile, target, target.choices(profile))
+    found = solve(profile, target, allowed, sensitivity)
+
+    (limit,) = target.budget.limits
+    inner = sum(site.elements for site in profile.weights if site.name not in target.pins)
+    total = sum(site.elements for site in profile.weights)
+    assert int((limit.asked * total - 8 * (total - inner) - 2 * inner) / 2) == inner_at_four
+    assert 15.39 < 32 / limit.asked < 15.41
+    assert 15.3 < 32 / COSTS["weight_bits"].of(profile, found) < 15.98
+    assert {found[site.name] for site in profile.activations} == {4, 8}
+    batches = 100
+    solved = solving_steps(
+        method.epochs * batches,
+        interval=int(method.interval * batches),
+        warmup=int(method.warmup * batches),
+        freeze=round(method.freeze * method.epochs * batches),
+    )
+    assert [step / batches for step in solved] == [20, 40, 60, 80, 100, 120]
+    assert method.epochs + recipe.finetune.epochs == recipe.float_training.epochs == 200
