@@ -769,6 +769,8 @@ def test_t14_the_packed_network_is_the_trained_one_in_the_bytes_of_its_widths(sm
         )
 
 
+# Torch's own tracing makes an instance of every autograd function that it meets.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_narrower_width_changes_the_output_without_another_compilation(small):
     graph = small.copy()
     placed = {
@@ -779,7 +781,7 @@ def test_a_narrower_width_changes_the_output_without_another_compilation(small):
     }
     put_(graph, placed)
     compiled = torch.compile(graph.module.train(), dynamic=False, backend="aot_eager")
-    x = torch.ones(6, 1, 6, 6)
+    x = torch.randn(6, 1, 6, 6, generator=torch.Generator().manual_seed(0))
     before = compiled(x)
     before.sum().backward()
 

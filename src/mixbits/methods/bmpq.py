@@ -51,8 +51,9 @@ from mixbits.quant.observe import mse_step
 from mixbits.quant.quantizer import SMALLEST_STEP, Frozen, Quantizer
 from mixbits.search.greedy import Choices, fit, noise_power
 from mixbits.search.ilp import least_harm
-from mixbits.train.finetune import Finetune, observe
+from mixbits.train.finetune import OBSERVED_BATCHES, Finetune, observe
 from mixbits.train.method import Learned, Method, Target
+from mixbits.train.norms import reestimate_batch_norm_
 from mixbits.train.steps import Loop, Schedule, steps
 from mixbits.train.task import Task
 
@@ -355,8 +356,7 @@ class BMPQ(Method):
         profile, allowed = graph.profile, target.choices(graph.profile)
         if self.activations == "one_width":
             allowed = one_activation_width(profile, target, allowed)
-        self._place_(graph, task, target, allowed, loop)
-        graph.module.to(loop.device)
+        self._place_(graph, task, allowed, loop)
         weights = {name: q for name, q in graph.quantizers.items() if isinstance(q, SwitchedWeight)}
         clips = {name: q for name, q in graph.quantizers.items() if isinstance(q, Clipped)}
         optimizer = torch.optim.SGD(
@@ -445,8 +445,14 @@ class BMPQ(Method):
         )
         return found / found.sum() if self.layer_share else found
 
-    def _place_(self, graph: QuantGraph, task: Task, target: Target, allowed: Choices, loop: Loop) -> None:
-        """Quantizers at the widths of the warm-up."""
+    def _place_(self, graph: QuantGraph, task: Task, allowed: Choices, loop: Loop) -> None:
+        """Quantizers at the widths of the warm-up.
+
+        Batch norms that never saw data pass values on unnormalized, and clips that fit those are of no use
+        in training; so their statistics are estimated first.
+        """
+        graph.module.to(loop.device)
+        reestimate_batch_norm_(graph, task.train, OBSERVED_BATCHES, loop.device)
         observed = observe(graph, [site.name for site in graph.profile.activations], task.train, loop.device)
         placed: dict[str, Quantizer] = {}
         for site in graph.profile.sites:
