@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import random
 from collections.abc import Mapping
 from functools import cache
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mixbits.cli.main import main
 from mixbits.core.budget import Budget, parse_budget
 from mixbits.core.cost import COSTS
 from mixbits.core.grid import dequantize, quantize
@@ -721,7 +723,7 @@ def test_t12_every_solution_fits_and_pins_are_never_touched(small):
     assert used[0] > 1, "the warm-up has every layer at 4 bits"
     assert all(value <= 1 for value in used[1:])
     seen = [tuple(row["sensitivity"].values()) for row in ends]
-    assert np.isnan(seen[0]).all()
+    assert seen[0] == (), "none before the warm-up is over"
     assert len({seen[1], seen[2], seen[3]}) == 3, "solved after epochs 2, 3 and 4"
     assert seen[3] == seen[4] == seen[5], "and not after the freeze"
     assert run.policy.bits["linear.weight"] == 8
@@ -736,10 +738,7 @@ def test_t12_a_run_resumed_within_an_interval_is_the_uninterrupted_one(small, tm
     second = Run(small, method, LIMIT, Checkpoint(tmp_path / "learn.pt"))
 
     assert first.learned is None
-    assert [{**row, "sensitivity": None} for row in first.rows + second.rows] == [
-        {**row, "sensitivity": None} for row in whole.rows
-    ]
-    assert second.rows[-1]["sensitivity"] == whole.rows[-1]["sensitivity"]
+    assert first.rows + second.rows == whole.rows
     state, wanted = second.learned.graph.module.state_dict(), whole.learned.graph.module.state_dict()
     assert all(torch.equal(state[key], value) for key, value in wanted.items())
     assert second.policy == whole.policy
@@ -843,9 +842,7 @@ def test_searched_activations_are_as_sensitive_as_the_layers_that_read_them(smal
     assert target.budget.fits(profile, found)
 
 
-@pytest.mark.parametrize(
-    "options", [{"activations": "searched"}, {"value": "concave"}, {"layer_share": True}]
-)
+@pytest.mark.parametrize("options", [{"activations": "searched"}, {"value": "linear"}, {"layer_share": True}])
 @pytest.mark.parametrize("normalizer", ["ref_q", "unit", "none", "per_bit", "max_level"])
 def test_every_option_gives_widths_that_fit(small, normalizer, options):
     target = dataclasses.replace(tied_target("weights=3bit,bops=150k,act_max=40B"), weight_bits=(1, 2, 4, 8))
@@ -932,3 +929,32 @@ def test_a_recipe_reduces_the_bits_of_weights_by_15_4(name):
     )
     assert [step / batches for step in solved] == [20, 40, 60, 80, 100, 120]
     assert method.epochs + recipe.finetune.epochs == recipe.float_training.epochs == 200
+
+
+def test_a_run_from_scratch_ends_in_a_packed_network_and_a_report(tmp_path):
+    out = tmp_path / "run"
+    options = [
+        *("--network", "mixbits.zoo:digits_cnn", "--data", "digits", "--budget", "weights=2.5bit"),
+        *("--method", "bmpq", "--start", "scratch", "--threads", "1", "--no-baseline"),
+        *(
+            "--float-training.epochs",
+            "1",
+            "--bmpq.epochs",
+            "2",
+            "--bmpq.lr",
+            "0.05",
+            "--bmpq.lr-after",
+            "0.005",
+        ),
+        *("--finetune.epochs", "1", "--batch-size", "64"),
+    ]
+
+    assert main(["fit", *options, "--out", str(out)]) == 0
+
+    summary = json.loads((out / "summary.json").read_text())
+    assert all(limit["used"] <= limit["asked"] for limit in summary["limits"])
+    assert (out / "report.html").exists()
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {row["lr"] for row in rows if row["stage"] == "finetune"} == {0.005}
+    # Three epochs from scratch; a network whose clips fit values that were not normalized stays near chance.
+    assert summary["mixed"]["top1"] > 50

@@ -18,8 +18,11 @@ Deviation: epochs have equally many steps, so the mean over epochs of the means 
 the mean over all steps since the last solution; an interval may then be a part of an epoch.
 Deviation: interval, warm-up and the end of solving. The first solution comes with the first whole interval
 at or after the warm-up. A training too short for one solves once, at ``freeze``.
-Deviation: objective ``max sum s q``, a site's s not multiplied by its size. It is linear, so it fills the
-budget with the widest and narrowest candidates; ``value="concave"`` takes ``max -sum s 4**-q`` instead.
+Deviation: objective ``max -sum s 4**-q``, a site's s not multiplied by its size. With two candidates, as the
+paper's 2 and 4 bits, it chooses as ``max sum s q`` does (``value="linear"``). With more the linear one fills
+the budget with the widest and the narrowest: on handwritten digits, trained start, 3 bits of 2 to 8, mean of
+3 seeds, 97.3 % against 98.0 % (uniform 3 bits: 98.1 %). Among equal solutions the solver's is taken, which
+need not be the cheapest.
 Deviation: the step of weights is by default a learned scalar (LSQ), set anew by squared error whenever the
 width changes; ``scale="max"`` is ``max|W|`` over the largest level, which at 2 bits makes 9 of 10 normally
 distributed weights zero. One bit is -1/+1 and has mean|W| for a step with ``scale="max"``.
@@ -336,7 +339,7 @@ class BMPQ(Method):
     )
     normalizer: Normalizer = "ref_q"  # of the bit gradient: at one width for all; see the file for the others
     layer_share: bool = False  # divide each step's bit gradients by their sum over layers
-    value: Literal["linear", "concave"] = "linear"  # of a width: q, or -4**-q
+    value: Literal["concave", "linear"] = "concave"  # of a width: -4**-q, or q
     scale: Scale = "learned"  # step of the weights; max: the largest magnitude over the largest level
     activations: Literal["one_width", "searched"] = "one_width"  # or each with its readers' sensitivity
     lr_after: float = 0.0  # constant learning rate of finetuning, to go on with one schedule; 0: finetune.lr
@@ -370,6 +373,9 @@ class BMPQ(Method):
         )
         sums = Sums(len(weights)).to(loop.device)
 
+        def by_layer(values: Tensor) -> dict[str, float]:
+            return dict(zip(weights, values.tolist(), strict=True))
+
         def widths() -> dict[str, int]:
             return {name: int(q.bits()) for name, q in graph.quantizers.items()}
 
@@ -381,7 +387,7 @@ class BMPQ(Method):
                 "used": {
                     limit.cost: limit.used(profile, bits) / limit.asked for limit in target.budget.limits
                 },
-                "sensitivity": dict(zip(weights, sums.solved.tolist(), strict=True)),
+                "sensitivity": {} if sums.solved.isnan().any() else by_layer(sums.solved),
             }
 
         total = self.epochs * len(task.train)
@@ -407,8 +413,9 @@ class BMPQ(Method):
         ):
             if step.epoch * len(task.train) + step.index + 1 not in solve_after:
                 continue
-            sensitivity = dict(zip(weights, sums.take_().tolist(), strict=True))
-            solution = solve(profile, target, allowed, sensitivity, concave=self.value == "concave")
+            solution = solve(
+                profile, target, allowed, by_layer(sums.take_()), concave=self.value == "concave"
+            )
             for name, quantizer in weights.items():
                 if solution[name] != int(quantizer.width):
                     quantizer.set_width_(solution[name], graph.weight(name))
