@@ -93,7 +93,9 @@ def main() -> None:
             note(sensitivity, result, bits, graph)
             if sensitivity == "bit_gradient":
                 upside_down = {site: 1.0 / value for site, value in ranked.items()}
-                given["reversed"] = solve(graph.profile, target, allowed, upside_down)
+                given["reversed"] = solve(
+                    graph.profile, target, allowed, upside_down, concave=base.value == "concave"
+                )
         draw = random.Random(seed)
         wish = {site: draw.choice(widths) for site, widths in allowed.widths.items()}
         given["random"] = fit(graph.profile, wish, target.budget, allowed)
