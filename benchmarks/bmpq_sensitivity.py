@@ -70,12 +70,19 @@ def main() -> None:
     options.add_argument("--budget", default="weights=2.5bit")
     options.add_argument("--weights", type=int, nargs="+", default=[2, 4])
     options.add_argument("--activations", type=int, nargs="+", default=[4])
+    options.add_argument("--value", choices=["concave", "linear"], default="concave")
     chosen = options.parse_args()
     torch.set_num_threads(1)
     began = time.monotonic()
     target = Target(mixbits.parse_budget(chosen.budget), chosen.weights, chosen.activations)
     base = BMPQ(
-        epochs=chosen.epochs, lr=LR, weight_decay=WEIGHT_DECAY, schedule="constant", interval=1.0, warmup=1.0
+        epochs=chosen.epochs,
+        lr=LR,
+        weight_decay=WEIGHT_DECAY,
+        schedule="constant",
+        interval=1.0,
+        warmup=1.0,
+        value=chosen.value,
     )
     found: dict[str, list[dict[str, float]]] = {}
     last_widths: dict[str, str] = {}
