@@ -14,6 +14,7 @@ from torch import Tensor
 import mixbits.methods
 import mixbits.quant
 from mixbits.core.grid import Codebook, Uniform, dequantize, describe, quantize
+from mixbits.methods.bmpq import Clipped, SwitchedWeight
 from mixbits.methods.ddq import LearnedLevels, start_gates
 from mixbits.methods.ebs import MetaWeight, Mixture, Strengths
 from mixbits.methods.mpdnn import LearnedWidth, as_parameters
@@ -75,6 +76,14 @@ def learned_levels(signed: bool, bits: int) -> Callable[[], Quantizer]:
     )
 
 
+def switched_weight(scale, bits: int) -> Callable[[], Quantizer]:
+    return lambda: SwitchedWeight(bits, torch.linspace(-0.9, 0.7, 90).reshape(9, 10), scale=scale)
+
+
+def clipped(signed: bool, bits: int) -> Callable[[], Quantizer]:
+    return lambda: Clipped(bits, torch.tensor(1.2), signed=signed)
+
+
 # A fixed grid with a learned step, and learned widths: on the grid (.875, 1) and off it (1.15).
 FIXED = {
     f"step, {describe(grid)} {i}": learned_step(grid) for i, grid in enumerate(UNIFORM_GRIDS + CODEBOOKS)
@@ -88,6 +97,16 @@ FIXED |= {
 FIXED |= {
     f"entropy, {bits} bit": lambda bits=bits: EntropyStep(Uniform(bits, signed=True, form="bipolar"), 0.3)
     for bits in (1, 2, 7)
+}
+FIXED |= {
+    f"switched weight, {scale}, {bits} bit": switched_weight(scale, bits)
+    for scale in ("learned", "max")
+    for bits in range(1, 9)
+}
+FIXED |= {
+    f"clipped, {'signed' if signed else 'unsigned'}, {bits} bit": clipped(signed, bits)
+    for signed in (True, False)
+    for bits in range(1, 9)
 }
 LEARNED = {
     f"{parametrization}, {'signed' if signed else 'unsigned'}, {bits} bit, {q_max}": learned_width(

@@ -379,6 +379,11 @@ def test_two_loops_that_are_zipped_alternate(captured):
         ("thirds", 0.749, 0.1),
         ("thirds", 0.75, 0.01),
         ("thirds", 1.0, 0.01),
+        ("two_drops", 0.399, 1.0),
+        ("two_drops", 0.4, 0.1),
+        ("two_drops", 0.699, 0.1),
+        ("two_drops", 0.7, 0.01),
+        ("two_drops", 1.0, 0.01),
     ],
 )
 def test_the_learning_rate_follows_its_schedule(schedule, progress, factor):

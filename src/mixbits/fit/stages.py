@@ -31,8 +31,9 @@ from mixbits.quant.quantizer import Frozen
 from mixbits.runtime.executor import Executor
 from mixbits.train.calibrate import calibrate, calibration_images, observe_float
 from mixbits.train.checkpoint import Checkpoint
-from mixbits.train.finetune import finetune, restore_policy
+from mixbits.train.finetune import OBSERVED_BATCHES, finetune, restore_policy
 from mixbits.train.method import Method, learn
+from mixbits.train.norms import reestimate_batch_norm_
 from mixbits.train.steps import Loop, steps
 from mixbits.train.task import Task, evaluate, task_of
 
@@ -85,12 +86,18 @@ class Run:
 
     @cached_property
     def origin(self) -> QuantGraph:
-        """The network that learning and the baseline start from: the float one, or one not trained at all."""
+        """The network that learning and the baseline start from: the float one, or one not trained at all.
+
+        Batch norms of the latter have the statistics of its values, so that steps chosen from them are of use
+        in training.
+        """
         if self.recipe.start == "trained":
             return self.graph
         torch.manual_seed(self.recipe.seed)
         untrained = build_network(self.recipe.network, classes=len(self.dataset.classes))
-        return capture(untrained, torch.zeros(2, *self.dataset.input_shape))
+        graph = capture(untrained, torch.zeros(2, *self.dataset.input_shape))
+        reestimate_batch_norm_(graph, self.task.train, OBSERVED_BATCHES, torch.device("cpu"))
+        return graph
 
     @property
     def device(self) -> torch.device:
