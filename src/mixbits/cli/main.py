@@ -13,6 +13,8 @@ import mixbits
 # `mixbits run` works without torch.
 COMMANDS = {
     "fit": "from a trained network and a budget to a packed model and its report",
+    "compare": "several methods and budgets from one start, with seeds: what pays, and whether that is established",
+    "sweep": "one method over many budgets: a front of accuracy against cost, a policy a point",
     "demo": "fit on embedded data, in under three minutes",
     "profile": "list a network's sites, layers and costs",
     "learn": "only learn the widths: policy.json",
