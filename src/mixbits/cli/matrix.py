@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import joblib
 
@@ -40,7 +39,7 @@ def run(command: Command, about: str, arguments: list[str]) -> None:
     missing = [cell for cell in comparison.cells if not cell.done]
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(comparison.cells)} runs have no result, the first is {missing[0].folder}: "
+            f"{len(missing)} of {len(comparison.cells)} runs have no result, first {missing[0].folder}: "
             f"{missing[0].error or 'not finished'}. The others are kept; --resume tries again."
         )
 

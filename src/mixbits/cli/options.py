@@ -19,7 +19,7 @@ def parse_recipe(command: str, about: str, arguments: list[str]) -> tuple[AnyRec
     toml, entries = _entries(arguments)
     entries = own_entries(entries, [entries["method"]])
     base = recipe_from_dict(entries, toml or "options")
-    chosen, out, resume = _parse(command, about, arguments, base, toml=toml)
+    chosen, out, resume = _parse(command, about, arguments, base, toml=toml, out="fit")
     return recipe_from_dict(to_dict(chosen), "options"), out, resume
 
 
@@ -33,7 +33,9 @@ def parse_matrix(command: Command, about: str, arguments: list[str]) -> tuple[An
     entries = own_entries(entries, [*methods, entries["method"]], [command])
     base = matrix_recipe(command, entries, methods, toml or "options")
     kind = Annotated[OPTIONS[command], tyro.conf.arg(name="")]
-    chosen, out, resume = _parse(command, about, arguments, base, toml=toml, retyped={command: kind})
+    chosen, out, resume = _parse(
+        command, about, arguments, base, toml=toml, out=command, retyped={command: kind}
+    )
     return matrix_recipe(command, to_dict(chosen), methods, "options"), out, resume
 
 
@@ -52,14 +54,17 @@ def _parse(
     base: AnyRecipe,
     *,
     toml: str,
-    retyped: Mapping[str, Any] = MappingProxyType({}),  # fields of the recipe that the command line shows in another way
+    out: str,
+    retyped: Mapping[str, Any] = MappingProxyType(
+        {}
+    ),  # fields of the recipe that the command line shows in another way
 ) -> tuple[AnyRecipe, Path, bool]:
     """``base`` with what the command line says, the folder, and whether to resume."""
     kind = dataclasses.make_dataclass(
         "Options",
         [
             ("toml", Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE.toml")], ""),
-            ("out", Annotated[Path, tyro.conf.arg(help="folder of the run")], Path("runs") / command),
+            ("out", Annotated[Path, tyro.conf.arg(help="folder of the run")], Path("runs") / out),
             ("resume", Annotated[bool, tyro.conf.arg(help="go on with the run in that folder")], False),
             *((name, shown, getattr(base, name)) for name, shown in retyped.items()),
         ],

@@ -85,7 +85,7 @@ def lines(run: str = "") -> Callable[[Row], None]:
     prefix = f"{run}: " if run else ""
 
     def show(row: Row) -> None:
-        stage = prefix + NAMES.get(row["stage"], row["stage"])
+        stage = f"{prefix}{NAMES.get(row['stage'], row['stage'])}"
         if "note" in row:
             sys.stderr.write(f"{stage}: {row['note']}\n")
         elif row.get("resumed_step"):

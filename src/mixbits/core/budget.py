@@ -84,7 +84,9 @@ def budget_points(text: str) -> tuple[str, ...]:
     """
     points = tuple(point for part in text.split(";") if part.strip() for point in _points(part))
     if not points:
-        raise ValueError(f"there is no budget in {text!r}; write for example weights=4bit or weights=2..4bit:5")
+        raise ValueError(
+            f"there is no budget in {text!r}; write for example weights=4bit or weights=2..4bit:5"
+        )
     twice = sorted({point for point in points if points.count(point) > 1})
     if twice:
         raise ValueError(f"the budget {twice[0]} is asked for twice")
@@ -97,7 +99,9 @@ def _points(text: str) -> list[str]:
     limits = [_range(part.strip()) for part in text.split(",") if part.strip()]
     counts = {len(values) for values in limits if len(values) > 1}
     if len(counts) > 1:
-        raise ValueError(f"the ranges in {text.strip()!r} have different numbers of points; give them the same")
+        raise ValueError(
+            f"the ranges in {text.strip()!r} have different numbers of points; give them the same"
+        )
     count = max(counts, default=1)
     return [",".join(values[place % len(values)] for values in limits) for place in range(count)]
 

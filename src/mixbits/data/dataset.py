@@ -228,7 +228,9 @@ def take_images(samples: Samples, count: int, seed: int) -> Samples:
     [0, 0, 1, 1]
     """
     if not 0 < count <= len(samples):
-        raise ValueError(f"{count} training images are asked for; expected 1 .. {len(samples)}, or 0 for all.")
+        raise ValueError(
+            f"{count} training images are asked for; expected 1 .. {len(samples)}, or 0 for all."
+        )
     return subset(samples, stratified_indices(samples.targets, count, seed=seed)[1])
 
 

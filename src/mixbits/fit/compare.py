@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from mixbits.fit.matrix import Cell, Matrix, float_recipe
 from mixbits.fit.recipe import AnyRecipe, method_of, recipe_from_dict, to_dict
 from mixbits.fit.stages import STAGES, Row, Run, start
 from mixbits.fit.summary import machine
+from mixbits.fit.weights import read_tensors
 from mixbits.methods import method_named
 
 FLOAT = ("float",)
@@ -58,10 +59,14 @@ def start_matrix(matrix: Matrix, path: Path, *, resume: bool) -> Run:
     folder = RunFolder(path)
     if not resume and path.exists() and any(path.iterdir()):
         if (path / "matrix.json").exists():
-            raise ValueError(f"{path} already holds a {matrix.command}; go on with --resume, or choose another --out")
+            raise ValueError(
+                f"{path} already holds a {matrix.command}; go on with --resume, or choose another --out"
+            )
         raise ValueError(f"{path} exists and is not empty; choose another --out")
     for cell, recipe in [*_floats(matrix), *((cell.name, cell.recipe) for cell in matrix.cells)]:
-        if (path / cell / "recipe.json").exists() and RunFolder(path / cell).read_json("recipe.json") != to_dict(recipe):
+        if (path / cell / "recipe.json").exists() and RunFolder(path / cell).read_json(
+            "recipe.json"
+        ) != to_dict(recipe):
             raise ValueError(
                 f"{path / cell} was started with other options (see its recipe.json); resume with the same "
                 "ones, delete that folder to run it again, or choose another --out"
@@ -69,7 +74,9 @@ def start_matrix(matrix: Matrix, path: Path, *, resume: bool) -> Run:
     first, recipe = _floats(matrix)[0]
     run = Run(recipe, path / first, _ignore, threading.Event())
     for budget in matrix.budgets:
-        next(cell for cell in matrix.cells if cell.budget == budget).recipe.target().choices(run.graph.profile)
+        next(cell for cell in matrix.cells if cell.budget == budget).recipe.target().choices(
+            run.graph.profile
+        )
     start(run, resume=True)
     (path / STOP).unlink(missing_ok=True)
     folder.write_json("matrix.json", to_dict(matrix.recipe))
@@ -77,7 +84,11 @@ def start_matrix(matrix: Matrix, path: Path, *, resume: bool) -> Run:
 
 
 def run_matrix(
-    matrix: Matrix, path: Path, watch: WatchOf, tell: Callable[[Outcome, int, int], None], stop: threading.Event
+    matrix: Matrix,
+    path: Path,
+    watch: WatchOf,
+    tell: Callable[[Outcome, int, int], None],
+    stop: threading.Event,
 ) -> dict[str, Outcome]:
     """Run every cell that is not done yet; the outcome of each, by its name.
 
@@ -100,18 +111,27 @@ def run_matrix(
             if name not in outcomes and not all(_done(run[1], stage) for stage in wanted)
         }
         calls = [
-            joblib.delayed(run_cell)(to_dict(recipe), path, name, shared, wanted, threads=threads, watch=watch)
+            joblib.delayed(run_cell)(
+                to_dict(recipe), path, name, shared, wanted, threads=threads, watch=watch
+            )
             for name, (recipe, _, shared) in missing.items()
         ]
-        parallel = joblib.Parallel(n_jobs=min(matrix.options.jobs, max(len(calls), 1)), return_as="generator_unordered")
+        parallel = joblib.Parallel(
+            n_jobs=min(matrix.options.jobs, max(len(calls), 1)), return_as="generator_unordered"
+        )
         done = len(runs) - len(calls)
         try:
-            for outcome in parallel(calls):
+            ended: Iterator[Any] = iter(parallel(calls))  # joblib's stubs do not know what a call returns
+            for outcome in ended:
                 outcomes[outcome.name] = outcome
                 done += 0 if outcome.stopped else 1
                 tell(outcome, done, len(runs))
         except BrokenProcessPool as error:
-            tell(Outcome("a process", error=f"it ended without a word, out of memory perhaps ({error})"), done, len(runs))
+            tell(
+                Outcome("a process", error=f"it ended without a word, out of memory perhaps ({error})"),
+                done,
+                len(runs),
+            )
             break
         if stop.is_set():
             break
@@ -182,7 +202,7 @@ def run_cell(
 
 
 def collect(matrix: Matrix, path: Path, outcomes: dict[str, Outcome], run: Run) -> Path:
-    """Write what the cells reached to ``comparison.json`` or ``sweep.json``; ``run`` is :func:`start_matrix`'s."""
+    """Write what the cells reached to the matrix's JSON file; ``run`` is what :func:`start_matrix` gave."""
     folder = RunFolder(path)
     seeds = [seed for seed in matrix.seeds if _done(path / _float_name(seed), "float")]
     floats = [{"seed": seed, **_network(path / _float_name(seed), "float")} for seed in seeds]
@@ -203,7 +223,8 @@ def collect(matrix: Matrix, path: Path, outcomes: dict[str, Outcome], run: Run) 
         "budgets": list(matrix.budgets),
         "methods": [_method(matrix, name) for name in matrix.methods],
         "sites": [
-            {"site": site.name, "kind": site.kind, "elements": site.elements} for site in run.graph.profile.sites
+            {"site": site.name, "kind": site.kind, "elements": site.elements}
+            for site in run.graph.profile.sites
         ],
         "floats": floats,
         "cells": [_cell(cell, path, outcomes.get(cell.name)) for cell in matrix.cells],
@@ -265,9 +286,10 @@ def _network(path: Path, stage: str) -> dict[str, Any]:
 
 
 def _adopt_float_(run: Run, shared: RunFolder) -> None:
-    """Take over the float network of another run, in the order that a kill between the two files forgives."""
+    """Take over the float network of another run; a kill between the two files is no harm in this order."""
     if not run.done("float"):
         run.folder.write_bytes("float.safetensors", (shared / "float.safetensors").read_bytes())
+        run.graph.module.load_state_dict(read_tensors(run.folder / "float.safetensors"))
         run.finish("float", shared.read_json("stages/float.json"))
 
 

@@ -1,4 +1,4 @@
-"""Matrix: the runs of a comparison, methods x budgets x seeds, all with the same epochs from the same start."""
+"""Matrix: the runs of a comparison, methods x budgets x seeds, of equal epochs and from equal starts."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from mixbits.methods import find_methods, method_named
 from mixbits.train.method import Method
 
 Command = Literal["compare", "sweep"]
-ANY_BUDGET = "weights=32bit"  # a run's recipe has a budget; the one that only trains the float network needs none
+ANY_BUDGET = (
+    "weights=32bit"  # a run's recipe has a budget; the one that only trains the float network needs none
+)
 
 
 @dataclass(frozen=True)
 class Sweep:
     """Options of ``mixbits sweep``."""
 
-    budgets: str = ""  # with ; between them, or ranges such as weights=2bit..4bit:5; empty: the recipe's budget
+    budgets: str = (
+        ""  # with ; between them, or ranges such as weights=2bit..4bit:5; empty: the recipe's budget
+    )
     seeds: int = 1  # how many, from the recipe's seed on
     epochs: int = 0  # of every run, learning and finetuning together; 0: those of the recipe's method
     learn_epochs: int = 0  # of them to learn widths, for methods that train to learn; 0: each method's own

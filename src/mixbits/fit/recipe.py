@@ -45,7 +45,9 @@ class Recipe:
     seed: int = 0
     batch_size: int = 128
     held_out: float = 0.1  # fraction of the training data that decides and is not trained on
-    train_images: int = 0  # trained on, of those not held out; 0: all; else a fixed part, each class in proportion
+    train_images: int = (
+        0  # trained on, of those not held out; 0: all; else a fixed part, each class in proportion
+    )
     weight_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)  # candidates for weights
     activation_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)  # candidates for activations
     pins: dict[str, int] = field(default_factory=dict[str, int])  # sites whose width is given
@@ -93,7 +95,9 @@ def method_of(recipe: AnyRecipe) -> Method:
     return getattr(recipe, recipe.method)
 
 
-def own_entries(entries: dict[str, Any], methods: Sequence[str], tables: Sequence[str] = ()) -> dict[str, Any]:
+def own_entries(
+    entries: dict[str, Any], methods: Sequence[str], tables: Sequence[str] = ()
+) -> dict[str, Any]:
     """Entries without the tables of other methods and other commands, which one recipe may hold too."""
     others = {*find_methods(), *COMMAND_TABLES} - {*methods, *tables}
     return {name: value for name, value in entries.items() if name not in others}
@@ -126,7 +130,7 @@ def signature(recipe: AnyRecipe) -> str:
 
 
 def build(kind: type, entries: dict[str, Any], where: str) -> Any:
-    """An instance of a dataclass of options from parsed TOML or JSON; errors name ``where`` and the option."""
+    """A dataclass of options from parsed TOML or JSON; errors name ``where`` and the option."""
     types = typing.get_type_hints(kind)
     fields = {f.name for f in dataclasses.fields(kind)}
     unknown = sorted(set(entries) - fields)
