@@ -13,7 +13,7 @@ from mixbits.report.matrix import Compared, Comparison, Group, Paired, paired, r
 from mixbits.report.page import fill, write_page
 from mixbits.report.read import Site
 from mixbits.report.svg import width_colour
-from mixbits.report.versus import UNIFORM, comparison_verdict, interval, signed
+from mixbits.report.versus import UNIFORM, bounds, comparison_verdict, signed
 from mixbits.report.words import (
     KIB,
     UNKNOWN,
@@ -155,7 +155,7 @@ def _row(method: Compared, group: Group, pair: Paired | None) -> Row:
         fixed(group.top1) + ("" if group.spread is None else f" ± {fixed(group.spread)}"),
         str(count) if count == group.asked else f"{count} of {group.asked}",
         "" if pair is None else signed(pair.mean),
-        "" if pair is None else interval(pair),
+        "" if pair is None or pair.half is None else bounds(pair),
         figures,
         tuple(f"{limit_name(name)}: {share(used, 1.0)}" for name, used in group.shares().items()),
         f"{duration(learning)} + {duration(tuning)}",

@@ -42,10 +42,17 @@ def interval(pair: Paired) -> str:
     """The confidence interval in words, or why there is none."""
     if pair.half is None:
         return "one seed, no interval"
-    low, high = pair.mean - pair.half, pair.mean + pair.half
-    return f"{pair.n} seeds paired, {CONFIDENCE:.0%} interval {signed(low)} to {signed(high)}".replace(
-        "%", " %"
-    )
+    return f"{pair.n} seeds paired, {CONFIDENCE:.0%} interval {bounds(pair)}".replace("%", " %")
+
+
+def bounds(pair: Paired) -> str:
+    """The ends of the confidence interval, from two seeds on.
+
+    >>> bounds(Paired(3, 0.5, 0.75))
+    '−0.25 to +1.25'
+    """
+    half = pair.half or 0.0
+    return f"{signed(pair.mean - half)} to {signed(pair.mean + half)}"
 
 
 def _budget(comparison: Comparison, budget: str) -> list[Sentence]:
