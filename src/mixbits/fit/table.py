@@ -77,7 +77,7 @@ def comparison_table(comparison: Comparison) -> str:
         ]
         lines += [
             f"budget {heading.budget}",
-            *_aligned([(*head, "learn + finetune s", "used of limit"), *cells]),
+            *_aligned([(*head, "learn + finetune s", "used of limits"), *cells]),
         ]
         lines += [f"{MARKS[sentence.tone]} {sentence.text}" for sentence in heading.sentences] + [""]
     lines += [f"{MARKS[sentence.tone]} {sentence.text}" for sentence in general]

@@ -23,7 +23,6 @@ from mixbits.report.words import (
     fixed,
     giga,
     kib,
-    limit_name,
     percent,
     share,
 )
@@ -50,7 +49,7 @@ class Row:
     against: str  # uniform, in points
     interval: str
     figures: tuple[str, ...]  # costs: KiB, bits, GBOP, KiB, KiB
-    shares: tuple[str, ...]  # of each limit
+    shares: tuple[str, ...]  # of each limit of the budget, in its order
     seconds: str
     policies: tuple[str, ...]  # paths
 
@@ -157,7 +156,7 @@ def _row(method: Compared, group: Group, pair: Paired | None) -> Row:
         "" if pair is None else signed(pair.mean),
         "" if pair is None or pair.half is None else bounds(pair),
         figures,
-        tuple(f"{limit_name(name)}: {share(used, 1.0)}" for name, used in group.shares().items()),
+        tuple(share(used, 1.0) for used in group.shares().values()),
         f"{duration(learning)} + {duration(tuning)}",
         tuple(cell.policy for cell in group.cells if cell.policy),
     )

@@ -65,7 +65,7 @@ def _budget(comparison: Comparison, budget: str) -> list[Sentence]:
             Sentence("Uniform widths have no result here: nothing to compare with.", "bad"),
             *_over(groups),
         ]
-    sentences = [_headline(learned, uniform), *_over(groups), *_spent(groups, uniform)]
+    sentences = [_headline(learned, uniform, others), *_over(groups), *_spent(groups, uniform)]
     for group in learned:
         pair = paired(group, uniform)
         if pair is not None:
@@ -74,13 +74,18 @@ def _budget(comparison: Comparison, budget: str) -> list[Sentence]:
     return sentences
 
 
-def _headline(learned: Sequence[Group], uniform: Group) -> Sentence:
+def _headline(learned: Sequence[Group], uniform: Group, others: Sequence[Group]) -> Sentence:
     pairs = {group.method: pair for group in learned if (pair := paired(group, uniform)) is not None}
     if not pairs:
         return Sentence("No method that learns widths has a result here.", "bad")
-    gains = [name for name, pair in pairs.items() if pair.established and pair.mean > 0]
+    inside = {group.method for group in learned if not _exceeded(group)}
+    gains = [name for name, pair in pairs.items() if pair.established and pair.mean > 0 and name in inside]
     if gains:
         verb = "is" if len(gains) == 1 else "are"
+        beaten = {group.method for group in learned for other in others if _below(group, other)}
+        if beaten.issuperset(gains):
+            text = f"{some(gains)} {verb} established above uniform widths, but below widths that nothing learned"
+            return Sentence(f"{text}: learning them did not pay here.", "bad")
         return Sentence(
             f"Mixed precision paid here: {some(gains)} {verb} established above uniform widths.", "good"
         )
@@ -145,14 +150,22 @@ def _spent(groups: dict[str, Group], uniform: Group) -> list[Sentence]:
 
 
 def _over(groups: dict[str, Group]) -> list[Sentence]:
-    broken = [
-        f"{method} on {limit_name(limit.limit).lower()} (seed {cell.seed:g})"
-        for method, group in groups.items()
+    broken = [text for group in groups.values() for text in _exceeded(group)]
+    return [Sentence(f"Limits are exceeded: {some(broken)}.", "bad")] if broken else []
+
+
+def _exceeded(group: Group) -> list[str]:
+    return [
+        f"{group.method} on {limit_name(limit.limit).lower()} (seed {cell.seed:g})"
         for cell in group.cells
         for limit in cell.limits
         if met(limit.used, limit.asked) is False
     ]
-    return [Sentence(f"Limits are exceeded: {some(broken)}.", "bad")] if broken else []
+
+
+def _below(group: Group, other: Group) -> bool:
+    pair = paired(group, other)
+    return pair is not None and pair.mean < 0
 
 
 def _front(comparison: Comparison, budget: str) -> list[Sentence]:
