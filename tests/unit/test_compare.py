@@ -236,8 +236,8 @@ def test_a_loss_is_called_one():
 def test_a_method_below_random_widths_is_said_to_be():
     run = compared(uniform=[90.0, 91.0, 92.0], random=[91.0, 92.0, 93.1], mpdnn=[90.5, 91.6, 92.7])
     said = sentences(run)
-    wanted = "mpdnn is established above uniform widths, but below widths that nothing learned: "
-    assert said[0] == ("bad", f"{wanted}learning them did not pay here.")
+    wanted = "mpdnn is established above uniform widths, but below widths not learned at all: "
+    assert said[0] == ("bad", f"{wanted}learning did not pay here.")
     assert said[2][0] == "bad"
     assert said[2][1].startswith("mpdnn is below random by 0.43 points (3 seeds paired, ")
 

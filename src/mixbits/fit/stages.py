@@ -170,6 +170,7 @@ def start(run: Run, *, resume: bool) -> None:
         raise ValueError(f"--device {recipe.device}: this torch sees no CUDA device; use --device cpu")
     target = recipe.target()
     target.choices(run.graph.profile)
+    len(run.task.train)  # raises if the training set cannot be split as asked
     if tuple(run.dataset.input_shape) != run.graph.profile.input_shape:
         raise ValueError("the network does not take the data set's input shape")
     if (path / "recipe.json").exists():

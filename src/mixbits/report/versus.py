@@ -23,7 +23,7 @@ class Heading:
 
 def comparison_verdict(comparison: Comparison) -> tuple[list[Heading], list[Sentence]]:
     """What is to be said of each budget, and of the whole."""
-    say = _front if not comparison.baselines else _budget
+    say = _front if comparison.command == "sweep" else _budget
     headings = [Heading(budget, say(comparison, budget)) for budget in comparison.budgets]
     return headings, [*_missing(comparison), *_epochs(comparison), _caution(comparison)]
 
@@ -84,8 +84,10 @@ def _headline(learned: Sequence[Group], uniform: Group, others: Sequence[Group])
         verb = "is" if len(gains) == 1 else "are"
         beaten = {group.method for group in learned for other in others if _below(group, other)}
         if beaten.issuperset(gains):
-            text = f"{some(gains)} {verb} established above uniform widths, but below widths that nothing learned"
-            return Sentence(f"{text}: learning them did not pay here.", "bad")
+            text = (
+                f"{some(gains)} {verb} established above uniform widths, but below widths not learned at all"
+            )
+            return Sentence(f"{text}: learning did not pay here.", "bad")
         return Sentence(
             f"Mixed precision paid here: {some(gains)} {verb} established above uniform widths.", "good"
         )
@@ -233,7 +235,7 @@ def _epochs(comparison: Comparison) -> list[Sentence]:
 
 
 def _caution(comparison: Comparison) -> Sentence:
-    if not comparison.baselines:
+    if comparison.command == "sweep":
         return Sentence("No baseline ran: `mixbits compare` says whether mixed precision pays.", "plain")
     tests = len(comparison.budgets) * len(comparison.learned) * len(comparison.baselines)
     return Sentence(
