@@ -151,6 +151,9 @@ def test_a_sweep_has_a_policy_for_every_point(recipe: Path, tmp_path: Path) -> N
         for cell in swept["cells"]
     ]
     assert widths == [2, 4]
+    scores = [cell["top1"] for cell in swept["cells"]]
+    best = swept["budgets"] if scores[1] > scores[0] else swept["budgets"][:1]
+    assert [point["budget"] for point in swept["fronts"]["weight_bytes"]] == best
     assert "uniform reaches" in (out / "sweep.html").read_text()
 
 

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import joblib
@@ -30,6 +31,7 @@ from mixbits.fit.stages import STAGES, Row, Run, start
 from mixbits.fit.summary import machine
 from mixbits.fit.weights import read_tensors
 from mixbits.methods import method_named
+from mixbits.report.matrix import front
 
 FLOAT = ("float",)
 TRAINED = (*FLOAT, "learn", "finetune")
@@ -229,8 +231,20 @@ def collect(matrix: Matrix, path: Path, outcomes: dict[str, Outcome], run: Run) 
         "floats": floats,
         "cells": [_cell(cell, path, outcomes.get(cell.name)) for cell in matrix.cells],
     }
+    entry["fronts"] = {cost: _front(entry["cells"], cost) for cost in ("weight_bytes", "bops")}
     folder.write_json(FILES[matrix.command], entry)
     return path / FILES[matrix.command]
+
+
+def _front(cells: list[dict[str, Any]], cost: str) -> list[dict[str, str]]:
+    """Method and budget of the points, means over the seeds, that no other beats; by rising cost."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for cell in cells:
+        if cell["status"] == "done":
+            groups.setdefault((cell["method"], cell["budget"]), []).append(cell)
+    names = list(groups)
+    points = [(fmean(c[cost] for c in group), fmean(c["top1"] for c in group)) for group in groups.values()]
+    return [{"method": names[index][0], "budget": names[index][1]} for index in front(points)]
 
 
 def _method(matrix: Matrix, name: str) -> dict[str, Any]:

@@ -187,9 +187,10 @@ def _front(comparison: Comparison, budget: str) -> list[Sentence]:
     ]
     sentences = [Sentence(f"{text}.", "plain"), *_over({method: group})]
     if beaten:
-        sentences.append(
-            Sentence(f"Another point has no more {' and no more '.join(beaten)} and is no worse.", "bad")
+        text = (
+            f"By {' and by '.join(beaten)} this point is not on the front: another is as cheap and no worse."
         )
+        sentences.append(Sentence(text, "bad"))
     return sentences
 
 
