@@ -13,13 +13,15 @@ import mixbits
 # `mixbits run` works without torch.
 COMMANDS = {
     "fit": "from a trained network and a budget to a packed model and its report",
+    "compare": "methods x budgets x seeds from one start: what pays, and what is established",
+    "sweep": "one method over many budgets: a front of accuracy against cost",
     "demo": "fit on embedded data, in under three minutes",
     "profile": "list a network's sites, layers and costs",
     "learn": "only learn the widths: policy.json",
     "finetune": "only train at the widths of a policy",
     "lower": "only pack the trained network: model.mixbits",
     "run": "run a packed model on data, without torch",
-    "report": "write report.html of a run",
+    "report": "write the page of a run, a comparison or a sweep",
     "methods": "list the methods that learn widths",
 }
 USAGE_ERROR = 2

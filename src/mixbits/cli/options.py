@@ -3,37 +3,79 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import tyro
 
-from mixbits.fit.recipe import AnyRecipe, Recipe, read_toml, recipe_from_dict, recipe_type, to_dict
+from mixbits.fit.matrix import OPTIONS, Command, compared_methods, matrix_recipe
+from mixbits.fit.recipe import AnyRecipe, Recipe, own_entries, read_toml, recipe_from_dict, to_dict
 
 
 def parse_recipe(command: str, about: str, arguments: list[str]) -> tuple[AnyRecipe, Path, bool]:
     """The recipe (options given here win over the TOML file), the run's folder, and whether to resume."""
+    toml, entries = _entries(arguments)
+    entries = own_entries(entries, [entries["method"]])
+    base = recipe_from_dict(entries, toml or "options")
+    chosen, out, resume = _parse(command, about, arguments, base, toml=toml, out="fit")
+    return recipe_from_dict(to_dict(chosen), "options"), out, resume
+
+
+def parse_matrix(command: Command, about: str, arguments: list[str]) -> tuple[AnyRecipe, Path, bool]:
+    """The same for a matrix of runs: the options of all its methods, and of the command without a prefix."""
+    toml, entries = _entries(arguments)
+    methods = (str(entries["method"]),)
+    if command == "compare":
+        asked = _given(arguments, "--methods") or str(entries.get("compare", {}).get("methods", ""))
+        methods = compared_methods(asked)
+    entries = own_entries(entries, [*methods, entries["method"]], [command])
+    base = matrix_recipe(command, entries, methods, toml or "options")
+    kind = Annotated[OPTIONS[command], tyro.conf.arg(name="")]
+    chosen, out, resume = _parse(
+        command, about, arguments, base, toml=toml, out=command, retyped={command: kind}
+    )
+    return matrix_recipe(command, to_dict(chosen), methods, "options"), out, resume
+
+
+def _entries(arguments: list[str]) -> tuple[str, dict[str, Any]]:
+    """The TOML file on the command line and what it says, with the method in effect."""
     toml = next((word for word in arguments if word.endswith(".toml") and not word.startswith("-")), "")
     entries = read_toml(Path(toml)) if toml else {}
     default = "sensitivity" if "--no-train" in arguments else Recipe.method
     method = _given(arguments, "--method") or str(entries.get("method", default))
-    if method != entries.get("method"):
-        entries = {**entries, "method": method}
-    base = recipe_from_dict(entries, toml or "options")
+    return toml, {**entries, "method": method}
+
+
+def _parse(
+    command: str,
+    about: str,
+    arguments: list[str],
+    base: AnyRecipe,
+    *,
+    toml: str,
+    out: str,
+    retyped: Mapping[str, Any] = MappingProxyType(
+        {}
+    ),  # fields of the recipe that the command line shows in another way
+) -> tuple[AnyRecipe, Path, bool]:
+    """``base`` with what the command line says, the folder, and whether to resume."""
     kind = dataclasses.make_dataclass(
         "Options",
         [
             ("toml", Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE.toml")], ""),
-            ("out", Annotated[Path, tyro.conf.arg(help="folder of the run")], Path("runs/fit")),
+            ("out", Annotated[Path, tyro.conf.arg(help="folder of the run")], Path("runs") / out),
             ("resume", Annotated[bool, tyro.conf.arg(help="go on with the run in that folder")], False),
+            *((name, shown, getattr(base, name)) for name, shown in retyped.items()),
         ],
-        bases=(recipe_type(method),),
+        bases=(type(base),),
         frozen=True,
     )
     start = kind(**{f.name: getattr(base, f.name) for f in dataclasses.fields(base)}, toml=toml)
     chosen: Any = tyro.cli(kind, prog=f"mixbits {command}", description=about, args=arguments, default=start)
-    recipe = recipe_type(method)(**{f.name: getattr(chosen, f.name) for f in dataclasses.fields(base)})
-    return recipe_from_dict(to_dict(recipe), "options"), chosen.out, chosen.resume
+    recipe = type(base)(**{f.name: getattr(chosen, f.name) for f in dataclasses.fields(base)})
+    return recipe, chosen.out, chosen.resume
 
 
 def _given(arguments: list[str], option: str) -> str:

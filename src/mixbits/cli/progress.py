@@ -55,7 +55,7 @@ def progress() -> Iterator[Callable[[Row], None]]:
         with Progress(*columns, console=Console(stderr=True)) as bars:
             yield _bar(bars)
     else:
-        yield _lines()
+        yield lines()
 
 
 def _bar(bars: Progress) -> Callable[[Row], None]:
@@ -79,11 +79,13 @@ def _bar(bars: Progress) -> Callable[[Row], None]:
     return show
 
 
-def _lines() -> Callable[[Row], None]:
+def lines(run: str = "") -> Callable[[Row], None]:
+    """A function that writes rows as plain lines, with the name of the run if there are several."""
     last = [0.0]
+    prefix = f"{run}: " if run else ""
 
     def show(row: Row) -> None:
-        stage = NAMES.get(row["stage"], row["stage"])
+        stage = f"{prefix}{NAMES.get(row['stage'], row['stage'])}"
         if "note" in row:
             sys.stderr.write(f"{stage}: {row['note']}\n")
         elif row.get("resumed_step"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -30,14 +30,18 @@ WORDS = {
 
 
 @contextmanager
-def stop_on_interrupt() -> Iterator[threading.Event]:
-    """An event set by the first Ctrl-C, so that the loop saves and leaves; the second one stops at once."""
+def stop_on_interrupt(also: Callable[[], None] = lambda: None) -> Iterator[threading.Event]:
+    """An event set by the first Ctrl-C, so that the loop saves and leaves; the second one stops at once.
+
+    ``also`` is called with the first.
+    """
     stop = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
+        also()
         sys.stderr.write("\nstopping after this step; Ctrl-C again to stop at once\n")
 
     before = signal.signal(signal.SIGINT, handle)

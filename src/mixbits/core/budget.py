@@ -72,6 +72,58 @@ def parse_budget(text: str) -> Budget:
     return Budget(limits)
 
 
+def budget_points(text: str) -> tuple[str, ...]:
+    """The budgets of a list with ``;`` between, a range ``a..b:n`` being n budgets with even steps.
+
+    Ranges in one budget run together and must have the same n; a limit without a range stays.
+
+    >>> budget_points("weights=4bit,act=4bit; weights=70KiB")
+    ('weights=4bit,act=4bit', 'weights=70KiB')
+    >>> budget_points("weights=2..3bit:3,act=4bit")
+    ('weights=2bit,act=4bit', 'weights=2.5bit,act=4bit', 'weights=3bit,act=4bit')
+    """
+    points = tuple(point for part in text.split(";") if part.strip() for point in _points(part))
+    if not points:
+        raise ValueError(
+            f"there is no budget in {text!r}; write for example weights=4bit or weights=2..4bit:5"
+        )
+    twice = sorted({point for point in points if points.count(point) > 1})
+    if twice:
+        raise ValueError(f"the budget {twice[0]} is asked for twice")
+    for point in points:
+        parse_budget(point)
+    return points
+
+
+def _points(text: str) -> list[str]:
+    limits = [_range(part.strip()) for part in text.split(",") if part.strip()]
+    counts = {len(values) for values in limits if len(values) > 1}
+    if len(counts) > 1:
+        raise ValueError(
+            f"the ranges in {text.strip()!r} have different numbers of points; give them the same"
+        )
+    count = max(counts, default=1)
+    return [",".join(values[place % len(values)] for values in limits) for place in range(count)]
+
+
+def _range(text: str) -> list[str]:
+    """The points of ``name=a..b:n``, or the limit as it is."""
+    if ".." not in text:
+        return [text]
+    number = r"([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)"
+    match = re.fullmatch(rf"(\w+)\s*=\s*{number}\s*\.\.\s*{number}\s*:\s*([0-9]+)", text)
+    if not match:
+        raise ValueError(f"cannot read the range {text!r}; write for example weights=2bit..4bit:5")
+    name, first, first_unit, last, unit, count = match.groups()
+    if first_unit not in ("", unit):
+        raise ValueError(f"the range {text!r} has two units; write both ends in the same one")
+    points, low, high = int(count), float(first), float(last)
+    if points < 2:
+        raise ValueError(f"the range {text!r} needs two points or more")
+    values = [low + (high - low) * place / (points - 1) for place in range(points)]
+    return [f"{name}={value:.6g}{unit}" for value in values]
+
+
 def _parse_limit(text: str) -> Limit:
     match = re.fullmatch(r"(\w+)\s*=\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)", text)
     if not match:

@@ -220,6 +220,20 @@ def split_held_out(samples: Samples, fraction: float, seed: int) -> tuple[Sample
     return subset(samples, rest), subset(samples, held_out)
 
 
+def take_images(samples: Samples, count: int, seed: int) -> Samples:
+    """``count`` of the samples, each class in proportion, chosen by the seed.
+
+    >>> digits = ArraySamples(np.zeros((20, 1, 8, 8), np.uint8), np.arange(20) % 2, mean=(0.0,), std=(1.0,))
+    >>> sorted(take_images(digits, 4, seed=0).targets.tolist())
+    [0, 0, 1, 1]
+    """
+    if not 0 < count <= len(samples):
+        raise ValueError(
+            f"{count} training images are asked for; expected 1 .. {len(samples)}, or 0 for all."
+        )
+    return subset(samples, stratified_indices(samples.targets, count, seed=seed)[1])
+
+
 def stratified_indices(targets: np.ndarray, count: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Ascending indices of the rest, and of ``count`` samples that hold each class in proportion to its size.
 

@@ -7,12 +7,13 @@ import hashlib
 import json
 import tomllib
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mixbits.core.budget import parse_budget
-from mixbits.methods import method_named
+from mixbits.methods import find_methods, method_named
 from mixbits.train.finetune import Finetune
 from mixbits.train.method import Method, Target
 from mixbits.train.steps import Schedule
@@ -44,6 +45,9 @@ class Recipe:
     seed: int = 0
     batch_size: int = 128
     held_out: float = 0.1  # fraction of the training data that decides and is not trained on
+    train_images: int = (
+        0  # trained on, of those not held out; 0: all; else a fixed part, each class in proportion
+    )
     weight_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)  # candidates for weights
     activation_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)  # candidates for activations
     pins: dict[str, int] = field(default_factory=dict[str, int])  # sites whose width is given
@@ -67,16 +71,21 @@ class Recipe:
         return Target(parse_budget(self.budget), self.weight_bits, self.activation_bits, ties, self.pins)
 
 
+COMMAND_TABLES = ("compare", "sweep")  # options of a command that runs many recipes, not of a run
+
 # A recipe with the options of one method as the field of the method's name.
 AnyRecipe = Any
 
 
-def recipe_type(method: str) -> type:
-    """The class of recipes for a method: :class:`Recipe` with the method's own options under its name."""
-    chosen = method_named(method)
+def recipe_type(method: str, others: Sequence[str] = ()) -> type:
+    """The class of recipes for a method: :class:`Recipe` with the method's own options under its name.
+
+    The options of ``others`` are there too, for recipes that compare methods.
+    """
+    options = [(name, method_named(name)) for name in dict.fromkeys((method, *others))]
     return dataclasses.make_dataclass(
         "Recipe",
-        [("method", str, method), (method, chosen, field(default_factory=chosen))],
+        [("method", str, method), *((name, kind, field(default_factory=kind)) for name, kind in options)],
         bases=(Recipe,),
         frozen=True,
         namespace={"__doc__": Recipe.__doc__},
@@ -88,10 +97,18 @@ def method_of(recipe: AnyRecipe) -> Method:
     return getattr(recipe, recipe.method)
 
 
+def own_entries(
+    entries: dict[str, Any], methods: Sequence[str], tables: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Entries without the tables of other methods and other commands, which one recipe may hold too."""
+    others = {*find_methods(), *COMMAND_TABLES} - {*methods, *tables}
+    return {name: value for name, value in entries.items() if name not in others}
+
+
 def recipe_from_dict(entries: dict[str, Any], where: str) -> AnyRecipe:
     """The recipe of parsed TOML or JSON; errors name ``where`` and the option."""
     kind = recipe_type(str(entries.get("method", Recipe.method)))
-    return _build(kind, entries, where)
+    return build(kind, entries, where)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -114,14 +131,15 @@ def signature(recipe: AnyRecipe) -> str:
     return hashlib.sha256(json.dumps(to_dict(recipe), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _build(kind: type, entries: dict[str, Any], where: str) -> Any:
+def build(kind: type, entries: dict[str, Any], where: str) -> Any:
+    """A dataclass of options from parsed TOML or JSON; errors name ``where`` and the option."""
     types = typing.get_type_hints(kind)
     fields = {f.name for f in dataclasses.fields(kind)}
     unknown = sorted(set(entries) - fields)
     if unknown:
         raise ValueError(f"{where}: unknown option {unknown[0]!r}; known are {', '.join(sorted(fields))}")
     values = {
-        name: _build(types[name], value, f"{where}, [{name}]")
+        name: build(types[name], value, f"{where}, [{name}]")
         if dataclasses.is_dataclass(types[name]) and isinstance(value, dict)
         else _convert(value, types[name], f"{where}: {name}")
         for name, value in entries.items()

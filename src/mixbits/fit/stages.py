@@ -38,6 +38,8 @@ from mixbits.train.steps import Loop, steps
 from mixbits.train.task import Task, evaluate, task_of
 
 Row = Mapping[str, Any]
+# What a run that was killed before it wrote its recipe may have left.
+BEGUN = {".lock", "stages", "checkpoints", "started.json", ".started.json.tmp", ".recipe.json.tmp"}
 
 
 class Run:
@@ -65,7 +67,13 @@ class Run:
     def task(self) -> Task:
         """Training, held-out and test batches."""
         recipe = self.recipe
-        return task_of(self.dataset, batch_size=recipe.batch_size, held_out=recipe.held_out, seed=recipe.seed)
+        return task_of(
+            self.dataset,
+            batch_size=recipe.batch_size,
+            held_out=recipe.held_out,
+            seed=recipe.seed,
+            train_images=recipe.train_images,
+        )
 
     @cached_property
     def model(self) -> nn.Module:
@@ -175,6 +183,7 @@ def start(run: Run, *, resume: bool) -> None:
         raise ValueError(f"--device {recipe.device}: this torch sees no CUDA device; use --device cpu")
     target = recipe.target()
     target.choices(run.graph.profile)
+    len(run.task.train)  # raises if the training set cannot be split as asked
     if tuple(run.dataset.input_shape) != run.graph.profile.input_shape:
         raise ValueError("the network does not take the data set's input shape")
     if (path / "recipe.json").exists():
@@ -186,7 +195,7 @@ def start(run: Run, *, resume: bool) -> None:
                 "resume with the same ones, or choose another --out"
             )
         return
-    if path.exists() and any(entry.name != ".lock" for entry in path.iterdir()):
+    if path.exists() and any(entry.name not in BEGUN for entry in path.iterdir()):
         raise ValueError(f"{path} exists and is not the folder of a mixbits run; choose another --out")
     for folder in (path, path / "stages", path / "checkpoints"):
         folder.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ class RandomBits(Method):
 
     epochs: int = 0  # nothing is learned, all epochs finetune
 
+    baseline: ClassVar[bool] = True
     paper: ClassVar[str] = "widths drawn at random within the budget; a baseline, from no paper"
 
     def learn(self, graph: QuantGraph, task: Task, target: Target, loop: Loop) -> Learned:

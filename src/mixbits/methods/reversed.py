@@ -24,6 +24,7 @@ class Reversed(Method):
     epochs: int = 0  # nothing is trained, all epochs finetune
     images: int = 256  # training images, unlabelled, that the sensitivities come from
 
+    baseline: ClassVar[bool] = True
     paper: ClassVar[str] = "the least sensitive sites get most bits: a sanity check, as in LIMPQ, 2022"
 
     def learn(self, graph: QuantGraph, task: Task, target: Target, loop: Loop) -> Learned:

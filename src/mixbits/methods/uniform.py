@@ -22,6 +22,7 @@ class UniformBits(Method):
     paper: ClassVar[str] = (
         "the same width everywhere, learned steps: LSQ, Esser et al. 2020, arXiv 1902.08153"
     )
+    baseline: ClassVar[bool] = True
 
     def learn(self, graph: QuantGraph, task: Task, target: Target, loop: Loop) -> Learned:
         """The pair of widths that fits with the largest smaller width, then the largest sum."""

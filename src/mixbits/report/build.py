@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from mixbits.core.cost import FLOAT_BITS, packed_bytes
 from mixbits.report import charts, words
 from mixbits.report.charts import Part, Strip
+from mixbits.report.page import fill, write_page
 from mixbits.report.read import Metric, Site, Summary, read_metrics, read_summary
-from mixbits.report.svg import THEME, WIDTH_COLOURS
 from mixbits.report.training import training_charts
 from mixbits.report.verdict import integer_share, verdict
 
@@ -30,32 +27,17 @@ def build_report(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     page = render(read_summary(run_dir / "summary.json"), read_metrics(run_dir / "metrics.jsonl"))
-    path = run_dir / FILE_NAME
-    unfinished = run_dir / f".{FILE_NAME}.{os.getpid()}"
-    try:
-        unfinished.write_text(page, encoding="utf-8", newline="\n")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path
+    return write_page(run_dir / FILE_NAME, page)
 
 
 def render(summary: Summary, metrics: tuple[Metric, ...]) -> str:
     """The page."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"amount": words.amount, "bits": words.bits, "count": words.count}
-    environment.filters["unbroken"] = words.unbroken
-    environment.filters["measured"] = lambda value, measure: words.MEASURES[measure](value)
     networks = (("float", summary.float_), ("uniform", summary.uniform), ("mixed", summary.mixed))
-    template = files("mixbits.report").joinpath("template.html").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
+    return fill(
+        "template.html",
         run=summary,
         uniform_widths=uniform_widths(summary),
         networks=[(name, network) for name, network in networks if network],
-        theme=THEME,
-        width_colours=WIDTH_COLOURS,
         verdict=verdict(summary),
         budget_chart=Markup(charts.budget(summary.limits)) if summary.limits else None,
         width_charts=width_charts(summary.sites),

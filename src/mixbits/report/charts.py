@@ -251,7 +251,7 @@ class Stage:
 def curves(lines: Sequence[Line], *, name: str, title: str, unit: str, stages: Sequence[Stage] = ()) -> str:
     """Curves of one point or more over epochs, with a legend and the names of the stages above them."""
     left, right, foot, tall, row = 54, 12, 42, 190, 18
-    places, rows = _legend(lines, PANEL - left)
+    places, rows = legend([line.name for line in lines], PANEL - left)
     head = row * rows + 30
     with drawing():
         figure = canvas(PANEL, head + tall + foot)
@@ -299,12 +299,12 @@ def _curve(plot: Axes, points: Sequence[tuple[float, float]], line: Line) -> Non
     )
 
 
-def _legend(lines: Sequence[Line], room: float) -> tuple[list[tuple[float, int]], int]:
+def legend(names: Sequence[str], room: float) -> tuple[list[tuple[float, int]], int]:
     """Place of each entry, as (px from the left, row), and the count of rows."""
     swatch, gap = 27, 18
     places, x, row = [], 0.0, 0
-    for line in lines:
-        size = swatch + SANS * len(line.name) + gap
+    for name in names:
+        size = swatch + SANS * len(name) + gap
         if x > 0 and x + size - gap > room:
             x, row = 0.0, row + 1
         places.append((x, row))

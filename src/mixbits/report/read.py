@@ -138,39 +138,45 @@ class Metric:
 
 def read_summary(path: Path) -> Summary:
     """The summary of a run; unknown keys are skipped, missing ones are unknown."""
+    entry = read_document(path, FORMAT, VERSION)
+    where = str(path)
+    parts = {
+        "epochs": one(Epochs, entry.get("epochs"), f"{where}: epochs") or Epochs(),
+        "float_": one(Network, entry.get("float"), f"{where}: float") or Network(),
+        "uniform": one(Network, entry.get("uniform"), f"{where}: uniform"),
+        "mixed": one(Network, entry.get("mixed"), f"{where}: mixed") or Network(),
+        "limits": many(Limit, entry.get("limits"), f"{where}: limits"),
+        "sites": many(Site, entry.get("sites"), f"{where}: sites"),
+        "runtime": one(Runtime, entry.get("runtime"), f"{where}: runtime"),
+        "instructions": many(Instruction, entry.get("instructions"), f"{where}: instructions"),
+    }
+    for site in parts["sites"]:
+        if site.kind not in KINDS:
+            fact = f"{site.site}: kind must be one of {KINDS}, found {site.kind!r}"
+            raise ValueError(f"{where}: {fact}. {REMEDY}")
+    return Summary(**checked(Summary, entry, where, skip=frozenset(parts)), **parts)
+
+
+def read_document(path: Path, form: str, newest: int) -> dict[str, Any]:
+    """The JSON object in a file, which must say that it is of this format and no newer than ``newest``."""
     try:
         entry = _loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file. {REMEDY}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error}). {REMEDY}") from error
-    if not isinstance(entry, dict) or entry.get("format") != FORMAT:
+    if not isinstance(entry, dict) or entry.get("format") != form:
         found = repr(entry.get("format")) if isinstance(entry, dict) else "no JSON object"
-        raise ValueError(f"{path}: the format must be {FORMAT!r}, found {found}. {REMEDY}")
+        raise ValueError(f"{path}: the format must be {form!r}, found {found}. {REMEDY}")
     version = entry.get("version")
     if not isinstance(version, int) or version < 1:
         raise ValueError(f"{path}: the version must be a whole number from 1, found {version!r}. {REMEDY}")
-    if version > VERSION:
+    if version > newest:
         raise ValueError(
-            f"{path}: version {version} is newer than this mixbits reads ({VERSION}). Upgrade mixbits, or "
+            f"{path}: version {version} is newer than this mixbits reads ({newest}). Upgrade mixbits, or "
             "build the report with the version that wrote the run."
         )
-    where = str(path)
-    parts = {
-        "epochs": _one(Epochs, entry.get("epochs"), f"{where}: epochs") or Epochs(),
-        "float_": _one(Network, entry.get("float"), f"{where}: float") or Network(),
-        "uniform": _one(Network, entry.get("uniform"), f"{where}: uniform"),
-        "mixed": _one(Network, entry.get("mixed"), f"{where}: mixed") or Network(),
-        "limits": _many(Limit, entry.get("limits"), f"{where}: limits"),
-        "sites": _many(Site, entry.get("sites"), f"{where}: sites"),
-        "runtime": _one(Runtime, entry.get("runtime"), f"{where}: runtime"),
-        "instructions": _many(Instruction, entry.get("instructions"), f"{where}: instructions"),
-    }
-    for site in parts["sites"]:
-        if site.kind not in KINDS:
-            fact = f"{site.site}: kind must be one of {KINDS}, found {site.kind!r}"
-            raise ValueError(f"{where}: {fact}. {REMEDY}")
-    return Summary(**_checked(Summary, entry, where, skip=frozenset(parts)), **parts)
+    return entry
 
 
 def read_metrics(path: Path) -> tuple[Metric, ...]:
@@ -199,7 +205,7 @@ def read_metrics(path: Path) -> tuple[Metric, ...]:
         if not isinstance(entry, dict) or not isinstance(entry.get("stage"), str):
             raise ValueError(f"{where} must be an object with a stage. Delete the line, or run it again.")
         if entry["stage"] in STAGES:
-            metrics.append(Metric(**_checked(Metric, entry, where)))
+            metrics.append(Metric(**checked(Metric, entry, where)))
     return tuple(metrics)
 
 
@@ -210,19 +216,21 @@ def _loads(text: str) -> Any:
 T = TypeVar("T")
 
 
-def _one(kind: type[T], entry: Any, where: str) -> T | None:
-    return None if entry is None else kind(**_checked(kind, entry, where))
+def one(kind: type[T], entry: Any, where: str) -> T | None:
+    """The JSON object ``entry`` as a ``kind``; None for null."""
+    return None if entry is None else kind(**checked(kind, entry, where))
 
 
-def _many(kind: type[T], entries: Any, where: str) -> tuple[T, ...]:
+def many(kind: type[T], entries: Any, where: str) -> tuple[T, ...]:
+    """The JSON list ``entries`` of objects, each as a ``kind``; null is an empty list."""
     if entries is None:
         return ()
     if not isinstance(entries, list):
         raise ValueError(f"{where} must be a list, found {type(entries).__name__}. {REMEDY}")
-    return tuple(kind(**_checked(kind, entry, f"{where}[{i}]")) for i, entry in enumerate(entries))
+    return tuple(kind(**checked(kind, entry, f"{where}[{i}]")) for i, entry in enumerate(entries))
 
 
-def _checked(kind: type, entry: Any, where: str, *, skip: frozenset[str] = frozenset()) -> dict[str, Any]:
+def checked(kind: type, entry: Any, where: str, *, skip: frozenset[str] = frozenset()) -> dict[str, Any]:
     """The fields of ``kind`` that the JSON object ``entry`` has, each of its declared type."""
     if not isinstance(entry, dict):
         raise ValueError(f"{where} must be an object, found {type(entry).__name__}. {REMEDY}")
@@ -261,6 +269,12 @@ def _known_text(value: Any, where: str) -> str:
     return text
 
 
+def _claim(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{where} must be true or false, found {value!r}. {REMEDY}")
+    return value
+
+
 def _numbers(value: Any, where: str) -> dict[str, float]:
     if value is None:
         return {}
@@ -277,4 +291,5 @@ _READ: dict[str, Callable[[Any, str], Any]] = {
     "str | None": _text,
     "str": _known_text,
     "Mapping[str, float]": _numbers,
+    "bool": _claim,
 }

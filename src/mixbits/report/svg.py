@@ -33,6 +33,10 @@ THEME: dict[str, tuple[str, str]] = {
     "line2": ("#1a8a82", "#4fc9bf"),
     "line3": ("#8a4bb5", "#c493ea"),
     "line4": ("#a8862a", "#dcbb5e"),
+    "line5": ("#b8367c", "#f08abb"),
+    "line6": ("#4d7d1f", "#a5d46a"),
+    "line7": ("#7a4a2b", "#cfa07d"),
+    "line8": ("#33507a", "#a9bbe0"),
     # Widths, one colour a bit: more ink is more bits, on both papers.
     "bits1": ("#f3f6c9", "#2a2f4f"),
     "bits2": ("#d5edb8", "#2b3f74"),

@@ -57,7 +57,7 @@ def _limits(limits: Sequence[Limit]) -> list[Sentence]:
     sentences = [Sentence(_broken(x), "bad") for x in limits if met(x.used, x.asked) is False]
     unknown = [limit_name(x.limit).lower() for x in limits if met(x.used, x.asked) is None]
     if unknown:
-        sentences.append(Sentence(f"Whether the limit on {_some(unknown)} is met is not known.", "bad"))
+        sentences.append(Sentence(f"Whether the limit on {some(unknown)} is met is not known.", "bad"))
     if sentences:
         return sentences
     uses = [f"{limit_name(x.limit).lower()} {_amounts(x)}" for x in limits]
@@ -84,7 +84,7 @@ def _against_uniform(summary: Summary) -> Sentence:
     if mixed is None or uniform is None:
         return Sentence("Mixed precision and uniform widths cannot be compared: a top-1 is not known.", "bad")
     over = [limit_name(x.limit).lower() for x in summary.limits if met(x.uniform_used, x.asked) is False]
-    uniform_over = f"the uniform network exceeds the limit on {_some(over)}" if over else ""
+    uniform_over = f"the uniform network exceeds the limit on {some(over)}" if over else ""
     against = f"{percent(mixed)} top-1 against {percent(uniform)}"
     change = points(mixed - uniform)
     if mixed <= uniform:
@@ -107,7 +107,7 @@ def _stored(sites: Sequence[Site]) -> list[Sentence]:
     unknown = sum(None in (site.assigned_bits, site.stored_bits) for site in sites)
     if differ:
         verb = "is" if len(differ) == 1 else "are"
-        named = _some([f"{s.site} (assigned {s.assigned_bits:g}, stored {s.stored_bits:g})" for s in differ])
+        named = some([f"{s.site} (assigned {s.assigned_bits:g}, stored {s.stored_bits:g})" for s in differ])
         fact = f"{len(differ)} of {len(sites)} sites {verb} stored at another width than assigned"
         sentences.append(Sentence(f"{fact}: {named}.", "bad"))
     elif not unknown:
@@ -177,10 +177,10 @@ def _caution(summary: Summary) -> Sentence:
     )
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     """The names, or the first few and how many more.
 
-    >>> _some(["a", "b"]), _some(["a", "b", "c", "d"])
+    >>> some(["a", "b"]), some(["a", "b", "c", "d"])
     ('a, b', 'a, b, c and 1 more')
     """
     named = ", ".join(names[:NAMED])

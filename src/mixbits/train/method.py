@@ -68,6 +68,7 @@ class Method(ABC):
     """A way to learn widths: a concrete one is a dataclass in its own file, whose fields are its options."""
 
     paper: ClassVar[str]  # one line for `mixbits methods`
+    baseline: ClassVar[bool] = False  # what the others must beat: always part of `mixbits compare`
     epochs: int  # of training that `learn` uses; the rest of a run's epochs finetunes
 
     @abstractmethod

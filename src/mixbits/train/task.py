@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from mixbits.data.dataset import ArraySamples, Dataset, Samples, split_held_out
+from mixbits.data.dataset import ArraySamples, Dataset, Samples, split_held_out, take_images
 
 
 class Batches(Protocol):
@@ -147,9 +147,22 @@ class Task:
     metric: Callable[[Tensor, Tensor], Tensor] = count_correct  # summed over a batch; 1 a sample is perfect
 
 
-def task_of(dataset: Dataset, *, batch_size: int = 128, held_out: float = 0.1, seed: int = 0) -> Task:
-    """A data set's task; ``held_out`` is the part of the training set that decides and is not trained on."""
+def task_of(
+    dataset: Dataset,
+    *,
+    batch_size: int = 128,
+    held_out: float = 0.1,
+    seed: int = 0,
+    train_images: int = 0,
+) -> Task:
+    """A data set's task; ``held_out`` is the part of the training set that decides and is not trained on.
+
+    With ``train_images`` only so many of the rest are trained on, each class in proportion, chosen by
+    ``seed``; held-out and test data are the same as without.
+    """
     train, kept = split_held_out(dataset.train, held_out, seed)
+    if train_images:
+        train = take_images(train, train_images, seed)
     return Task(
         SampleBatches(train, batch_size, training=True, seed=seed),
         SampleBatches(kept, 2 * batch_size, training=False),

@@ -1,0 +1,41 @@
+"""Page: a template of this package filled in, and written so that no reader sees half."""
+
+from __future__ import annotations
+
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+from mixbits.report import words
+from mixbits.report.svg import THEME, WIDTH_COLOURS
+
+
+def fill(template: str, **values: Any) -> str:
+    """The page of a template, which knows the theme and how numbers are written."""
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(
+            lambda name: files("mixbits.report").joinpath(name).read_text(encoding="utf-8")
+        ),
+    )
+    environment.filters |= {"amount": words.amount, "bits": words.bits, "count": words.count}
+    environment.filters["unbroken"] = words.unbroken
+    environment.filters["measured"] = lambda value, measure: words.MEASURES[measure](value)
+    return environment.get_template(template).render(theme=THEME, width_colours=WIDTH_COLOURS, **values)
+
+
+def write_page(path: Path, page: str) -> Path:
+    """Write a page; an older one is replaced in one step."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(page, encoding="utf-8", newline="\n")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,342 @@
+"""Matrices of runs: budgets, epochs, cells, statistics over seeds, and what is said of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixbits.core.budget import budget_points
+from mixbits.data.dataset import ArraySamples, Dataset
+from mixbits.fit.matrix import compared_methods, epoch_split, float_recipe, matrix_of, matrix_recipe
+from mixbits.fit.recipe import own_entries, recipe_from_dict, signature
+from mixbits.fit.table import comparison_table
+from mixbits.methods import find_methods
+from mixbits.report.comparison import build_comparison, rows
+from mixbits.report.matrix import Cell, Compared, Comparison, Float, front, paired, read_comparison
+from mixbits.report.read import Limit, Network
+from mixbits.report.versus import comparison_verdict
+from mixbits.train.task import task_of
+
+BUDGET = "weights=3bit"
+
+
+# --- budgets -------------------------------------------------------------------------------------------------
+
+
+def test_a_range_has_both_ends_and_even_steps():
+    assert budget_points("weights=2bit..4bit:5") == tuple(
+        f"weights={bits}bit" for bits in ("2", "2.5", "3", "3.5", "4")
+    )
+
+
+def test_ranges_of_one_budget_run_together():
+    assert budget_points("weights=60KiB..70KiB:2,bops=0.4..0.5G:2,act=4bit") == (
+        "weights=60KiB,bops=0.4G,act=4bit",
+        "weights=70KiB,bops=0.5G,act=4bit",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    {
+        "no points": ("weights=2bit..4bit", "cannot read the range"),
+        "one point": ("weights=2bit..4bit:1", "two points or more"),
+        "two units": ("weights=2KiB..4bit:3", "two units"),
+        "different counts": ("weights=2..4bit:3,act=2..4bit:5", "different numbers of points"),
+        "twice": ("weights=3bit;weights=3bit", "asked for twice"),
+        "nothing": (" ; ", "there is no budget"),
+        "unknown limit": ("wieghts=2..4bit:3", "unknown limit 'wieghts'"),
+    }.values(),
+)
+def test_a_bad_range_says_what_is_wrong(text: str, words: str):
+    with pytest.raises(ValueError, match=words):
+        budget_points(text)
+
+
+# --- plan ----------------------------------------------------------------------------------------------------
+
+
+def recipe(command: str = "compare", methods: tuple[str, ...] | None = None, **changes: object):
+    options = {"budgets": BUDGET, "seeds": 2} | dict(changes.pop("options", {}))  # type: ignore[call-overload]
+    entries = {"network": "n", "data": "digits", "method": "mpdnn", "mpdnn": {"epochs": 3}, command: options}
+    names = tuple(find_methods()) if methods is None else methods
+    return matrix_recipe(command, entries | {"finetune": {"epochs": 7}} | changes, names, "test")  # type: ignore[arg-type]
+
+
+def test_every_method_trains_for_the_same_epochs_in_total():
+    matrix = matrix_of("compare", recipe(options={"learn_epochs": 2}))
+    totals = {
+        (cell.method, getattr(cell.recipe, cell.method).epochs + cell.recipe.finetune.epochs)
+        for cell in matrix.cells
+    }
+    assert matrix.epochs == 10
+    assert totals == {(name, 10) for name in find_methods()}
+
+
+def test_a_method_that_does_not_train_to_learn_keeps_all_epochs_for_the_rest():
+    assert epoch_split(0, 10, common=4) == (0, 10)
+
+
+def test_more_epochs_to_learn_than_there_are_is_an_error_that_names_the_method():
+    with pytest.raises(ValueError, match="mpdnn: 3 of 2 epochs are to learn widths"):
+        matrix_of("compare", recipe(options={"epochs": 2, "methods": "mpdnn"}))
+
+
+def test_baselines_come_first_and_are_always_included():
+    names = compared_methods("mpdnn")
+    baselines = [name for name, method in find_methods().items() if method.baseline]
+    assert names[0] == "uniform"
+    assert sorted(names) == sorted([*baselines, "mpdnn"])
+    assert set(compared_methods("")) == set(find_methods())
+
+
+def test_a_sweep_has_its_one_method_and_no_baseline():
+    matrix = matrix_of("sweep", recipe("sweep", ("mpdnn",), options={"budgets": "weights=2..4bit:3"}))
+    assert {cell.method for cell in matrix.cells} == {"mpdnn"}
+    assert len(matrix.cells) == 3 * 2
+
+
+def test_cells_of_a_seed_differ_in_method_and_budget_only_and_their_float_network_in_neither():
+    asked = recipe(options={"budgets": "weights=3bit;weights=4bit", "seeds": 1})
+    matrix = matrix_of("compare", asked)
+    first = matrix.cells[0].recipe
+    for cell in matrix.cells:
+        for name in ("network", "data", "seed", "batch_size", "held_out", "float_training", "train_images"):
+            assert getattr(cell.recipe, name) == getattr(first, name)
+        assert not cell.recipe.baseline
+    other = recipe(options={"budgets": "weights=5bit", "seeds": 1})
+    assert signature(float_recipe(asked, 0)) == signature(float_recipe(other, 0))
+    assert signature(float_recipe(asked, 0)) != signature(float_recipe(asked, 1))
+
+
+def test_one_recipe_file_may_hold_the_options_of_many_methods_and_commands():
+    entries = {"method": "mpdnn", "mpdnn": {"epochs": 1}, "uniform": {"epochs": 0}, "compare": {"seeds": 2}}
+    own = own_entries(entries, ["mpdnn"])
+    assert own == {"method": "mpdnn", "mpdnn": {"epochs": 1}}
+    assert recipe_from_dict(own, "test").mpdnn.epochs == 1
+
+
+def test_train_images_leaves_held_out_and_test_data_alone_and_keeps_the_classes_in_proportion():
+    x = np.arange(100, dtype=np.float32)[:, None, None, None]
+    samples = ArraySamples(x, np.arange(100) % 4, mean=(0.0,), std=(1.0,))
+    dataset = Dataset("d", samples, samples, ("a", "b", "c", "d"), (1, 1, 1), (0.0,), (1.0,))
+    whole, part = task_of(dataset, batch_size=8), task_of(dataset, batch_size=8, train_images=40)
+    again = task_of(dataset, batch_size=8, train_images=40)
+
+    def values(batches):  # type: ignore[no-untyped-def]
+        return sorted(value for inputs, _ in batches.epoch(0) for value in inputs.flatten().tolist())
+
+    assert values(part.held_out) == values(whole.held_out)
+    assert values(part.train) == values(again.train)
+    assert set(values(part.train)) < set(values(whole.train)) | set(range(100))
+    assert not set(values(part.train)) & set(values(part.held_out))
+    classes = np.concatenate([targets.numpy() for _, targets in part.train.epoch(0)])
+    assert np.bincount(classes).tolist() == [10, 10, 10, 10]
+    with pytest.raises(ValueError, match="91 training images are asked for; expected 1 .. 90"):
+        task_of(dataset, train_images=91)
+
+
+# --- statistics ----------------------------------------------------------------------------------------------
+
+
+def test_the_front_holds_what_no_other_point_beats():
+    points = [(3.0, 89.0), (1.0, 88.0), (2.0, 90.0), (2.0, 90.0), (1.0, 87.0)]
+    assert front(points) == [1, 2, 3]
+
+
+def cells(method: str, scores: list[float], *, used: float = 3.0, budget: str = BUDGET) -> list[Cell]:
+    limit = Limit("weight_bits", "bit", budget, asked=3.0, used=used)
+    return [
+        Cell(method, budget, seed, "done", network=Network(top1=score, weight_bytes=7000), limits=(limit,))
+        for seed, score in enumerate(scores)
+    ]
+
+
+def compared(**scores: list[float]) -> Comparison:
+    made = [cell for method, values in scores.items() for cell in cells(method, values)]
+    return Comparison(
+        command="compare",
+        epochs=10,
+        methods=tuple(
+            Compared(name, baseline=name in ("uniform", "random"), learn_epochs=3, finetune_epochs=7)
+            for name in scores
+        ),
+        budgets=(BUDGET,),
+        seeds=tuple(range(len(scores["uniform"]))),
+        floats=(Float(0, Network(top1=92.0)),),
+        cells=tuple(made),
+    )
+
+
+def test_the_interval_is_student_t_over_the_paired_differences():
+    run = compared(uniform=[90.0, 91.0, 92.0], mpdnn=[90.5, 91.6, 92.7])
+    pair = paired(run.group("mpdnn", BUDGET), run.group("uniform", BUDGET))
+    assert pair is not None
+    assert pair.n == 3
+    assert pair.mean == pytest.approx(0.6)
+    assert pair.half == pytest.approx(
+        4.302653 * 0.1 / 3**0.5, rel=1e-6
+    )  # t(2, 0.975), standard deviation 0.1
+    assert pair.established
+
+
+def test_seeds_that_one_of_two_methods_lacks_are_left_out():
+    run = compared(uniform=[90.0, 91.0, 92.0], mpdnn=[90.5, 91.5])
+    pair = paired(run.group("mpdnn", BUDGET), run.group("uniform", BUDGET))
+    assert pair is not None
+    assert (pair.n, pair.mean) == (2, pytest.approx(0.5))
+    assert not pair.established  # two equal differences have no spread, and still are only two
+
+
+# --- verdict -------------------------------------------------------------------------------------------------
+
+
+def sentences(run: Comparison) -> list[tuple[str, str]]:
+    headings, _ = comparison_verdict(run)
+    return [(sentence.tone, sentence.text) for heading in headings for sentence in heading.sentences]
+
+
+def test_an_established_gain_is_said_with_its_interval():
+    said = sentences(compared(uniform=[90.0, 91.0, 92.0], mpdnn=[90.5, 91.6, 92.7]))
+    assert said == [
+        ("good", "Mixed precision paid here: mpdnn is established above uniform widths."),
+        (
+            "good",
+            "mpdnn gains 0.60 points over uniform: 91.60 % against 91.00 % (3 seeds paired, 95 % interval +0.35 to +0.85).",
+        ),
+    ]
+
+
+def test_a_gain_within_the_noise_is_not_established():
+    said = sentences(compared(uniform=[90.0, 91.0, 92.0], mpdnn=[91.5, 90.6, 92.7]))
+    assert said[0] == ("plain", "Whether mixed precision pays here is not established with 3 seeds.")
+    assert said[1][0] == "plain"
+    assert said[1][1].endswith("not established with 3 seeds.")
+
+
+def test_one_seed_establishes_nothing():
+    said = sentences(compared(uniform=[80.0], mpdnn=[90.0]))
+    assert said[0] == ("plain", "Whether mixed precision pays here is not established with one seed.")
+    assert "one seed, no interval" in said[1][1]
+
+
+def test_a_loss_is_called_one():
+    said = sentences(compared(uniform=[90.0, 91.0, 92.0], mpdnn=[89.0, 90.1, 90.9]))
+    assert said[0] == ("bad", "Mixed precision did not pay here: no method is above uniform widths.")
+    assert said[1][0] == "bad"
+    assert said[1][1].startswith(
+        "mpdnn did not pay: it is 1.00 points below uniform, 90.00 % against 91.00 %"
+    )
+
+
+def test_a_method_below_random_widths_is_said_to_be():
+    run = compared(uniform=[90.0, 91.0, 92.0], random=[91.0, 92.0, 93.1], mpdnn=[90.5, 91.6, 92.7])
+    said = sentences(run)
+    wanted = "mpdnn is established above uniform widths, but below widths not learned at all: "
+    assert said[0] == ("bad", f"{wanted}learning did not pay here.")
+    assert said[2][0] == "bad"
+    assert said[2][1].startswith("mpdnn is below random by 0.43 points (3 seeds paired, ")
+
+
+def test_spending_more_of_a_limit_than_uniform_is_said():
+    run = compared(uniform=[90.0, 91.0], mpdnn=[90.5, 91.6])
+    less = [replace(cell, limits=cells("uniform", [0.0], used=2.7)[0].limits) for cell in run.cells[:2]]
+    said = sentences(replace(run, cells=(*less, *run.cells[2:])))
+    wanted = (
+        "Not an equal spend of average weight width: uniform uses 90.0 % of the limit, mpdnn more (100.0 %)."
+    )
+    assert ("plain", wanted) in said
+
+
+def test_a_limit_that_is_exceeded_is_said():
+    run = compared(uniform=[90.0, 91.0], mpdnn=[90.5, 91.6])
+    over = [replace(cell, limits=cells("mpdnn", [0.0], used=3.1)[0].limits) for cell in run.cells[2:]]
+    said = sentences(replace(run, cells=(*run.cells[:2], *over)))
+    both = "mpdnn on average weight width (seed 0), mpdnn on average weight width (seed 1)"
+    assert ("bad", f"Limits are exceeded: {both}.") in said
+
+
+def test_a_gain_outside_the_budget_does_not_pay():
+    run = compared(uniform=[90.0, 91.0, 92.0], mpdnn=[90.5, 91.6, 92.7])
+    over = [replace(cell, limits=cells("mpdnn", [0.0], used=3.1)[0].limits) for cell in run.cells[3:]]
+    tone, text = sentences(replace(run, cells=(*run.cells[:3], *over)))[0]
+    assert tone == "plain"
+    assert text.startswith("Whether mixed precision pays here is not established")
+
+
+def test_failed_runs_and_unequal_epochs_are_said():
+    run = compared(uniform=[90.0, 91.0], mpdnn=[90.5, 91.6])
+    failed = Cell("mpdnn", BUDGET, 1, "failed", folder="mpdnn/b/seed1", error="diverged")
+    longer = replace(run.methods[1], finetune_epochs=9)
+    run = replace(run, cells=(*run.cells[:3], failed), methods=(run.methods[0], longer))
+    _, general = comparison_verdict(run)
+    assert [sentence.text for sentence in general[:2]] == [
+        "1 of 4 runs failed: mpdnn/b/seed1.",
+        "Not trained for 10 epochs like the others: mpdnn (12).",
+    ]
+    assert rows(run, BUDGET)[1].runs == "1 of 2"
+
+
+def test_a_sweep_says_which_points_are_beaten():
+    made = [
+        *cells("mpdnn", [90.0], budget="weights=2bit"),
+        *(replace(cell, network=Network(top1=89.0, weight_bytes=9000)) for cell in cells("mpdnn", [0.0])),
+    ]
+    run = Comparison(
+        "sweep",
+        methods=(Compared("mpdnn", baseline=False),),
+        budgets=("weights=2bit", BUDGET),
+        seeds=(0,),
+        cells=tuple(made),
+    )
+    headings, _ = comparison_verdict(run)
+    assert [[sentence.tone for sentence in heading.sentences] for heading in headings] == [
+        ["plain"],
+        ["plain", "bad"],
+    ]
+
+
+# --- table, file, page ---------------------------------------------------------------------------------------
+
+
+def test_the_table_has_mean_spread_count_and_difference():
+    table = comparison_table(compared(uniform=[90.0, 91.0, 92.0], mpdnn=[90.5, 91.6, 92.7]))
+    row = next(line.split() for line in table.splitlines() if line.split()[:1] == ["mpdnn"] and "±" in line)
+    assert row[1:6] == ["91.60", "±", "1.10", "3", "+0.60"]
+
+
+def test_a_file_of_another_format_is_refused(tmp_path: Path):
+    path = tmp_path / "comparison.json"
+    path.write_text(json.dumps({"format": "mixbits-summary", "version": 1}))
+    with pytest.raises(ValueError, match="the format must be 'mixbits-comparison'"):
+        read_comparison(path)
+
+
+def test_a_page_is_made_when_nothing_has_a_result(tmp_path: Path):
+    path = tmp_path / "comparison.json"
+    entry = {
+        "format": "mixbits-comparison",
+        "version": 1,
+        "methods": [{"method": "uniform", "baseline": True}],
+        "budgets": [BUDGET],
+        "seeds": [0],
+        "cells": [
+            {
+                "method": "uniform",
+                "budget": BUDGET,
+                "seed": 0,
+                "status": "failed",
+                "error": "<script>x</script>",
+            }
+        ],
+    }
+    path.write_text(json.dumps(entry))
+    page = build_comparison(path).read_text()
+    assert "No run has a result." in page
+    assert "&lt;script&gt;x" in page
+    assert "<script" not in page
+    assert build_comparison(path).read_text() == page
