@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from mixbits.core.budget import Budget
-from mixbits.core.cost import COSTS, Bits
+from mixbits.core.cost import Bits
 from mixbits.core.grid import MAX_BITS, Codebook, Grid, Uniform, level_count
 from mixbits.core.profile import Profile, Site
 from mixbits.graph.quant_graph import QuantGraph, put_
@@ -45,6 +45,7 @@ from mixbits.quant.observe import mse_step
 from mixbits.quant.quantizer import SMALLEST_STEP, Frozen, LearnedStep, Quantizer
 from mixbits.train.finetune import observe
 from mixbits.train.method import Learned, Method, Target, full_grid
+from mixbits.train.penalty import used
 from mixbits.train.steps import Loop, Schedule, steps
 from mixbits.train.task import Task
 
@@ -468,12 +469,3 @@ def density_levels(values: Tensor, count: int, *, signed: bool) -> Tensor:
     right = torch.searchsorted(below, wanted).clamp(1, bins)
     part = (wanted - below[right - 1]) / (below[right] - below[right - 1]).clamp_min(SMALLEST_STEP)
     return (low + (high - low) * (right - 1 + part) / bins).to(values.device)
-
-
-def used(profile: Profile, budget: Budget, bits: Mapping[str, int]) -> dict[str, Any]:
-    """Average widths and the used fraction of every limit, for the record of a run."""
-    return {
-        "avg_weight_bits": COSTS["weight_bits"].of(profile, bits),
-        "avg_act_bits": COSTS["act_bits"].of(profile, bits),
-        "used": {limit.cost: limit.used(profile, bits) / limit.asked for limit in budget.limits},
-    }

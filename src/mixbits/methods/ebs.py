@@ -46,7 +46,6 @@ import torch
 from torch import Tensor, nn
 
 from mixbits.core.budget import Budget
-from mixbits.core.cost import COSTS
 from mixbits.core.grid import Grid, Uniform
 from mixbits.core.profile import Profile, Site
 from mixbits.graph.quant_graph import QuantGraph, put_
@@ -55,6 +54,7 @@ from mixbits.quant.quantizer import SMALLEST_STEP, Frozen, LearnedStep, Quantize
 from mixbits.train.finetune import observe
 from mixbits.train.method import Learned, Method, Target
 from mixbits.train.norms import reestimate_batch_norm_
+from mixbits.train.penalty import used
 from mixbits.train.steps import Loop, Schedule, steps
 from mixbits.train.task import Task, TwoHalves
 
@@ -418,12 +418,3 @@ class EBS(Method):
                 weight.copy_(quantizer.weight_of(weight))
             settled[site] = LearnedStep(frozen.grid, frozen.step, shared_by=1).to(frozen.step.device)
         put_(graph, settled)
-
-
-def used(profile: Profile, budget: Budget, bits: Mapping[str, int]) -> dict[str, Any]:
-    """Average widths and the used fraction of every limit, for the record of a run."""
-    return {
-        "avg_weight_bits": COSTS["weight_bits"].of(profile, bits),
-        "avg_act_bits": COSTS["act_bits"].of(profile, bits),
-        "used": {limit.cost: limit.used(profile, bits) / limit.asked for limit in budget.limits},
-    }

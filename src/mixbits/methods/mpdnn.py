@@ -26,24 +26,21 @@ for activations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mixbits.core.budget import Budget
-from mixbits.core.cost import COSTS
 from mixbits.core.grid import MAX_BITS, Codebook, Grid, Uniform, level_count, uniform_range
-from mixbits.core.profile import Profile, Site
+from mixbits.core.profile import Site
 from mixbits.graph.quant_graph import QuantGraph, put_
 from mixbits.quant.functional import ceil, round_half_away, straight_through
 from mixbits.quant.observe import mse_step
 from mixbits.quant.quantizer import Frozen, LearnedStep, Quantizer
 from mixbits.train.finetune import observe
 from mixbits.train.method import Learned, Method, Target, full_grid
-from mixbits.train.penalty import squared_excess
+from mixbits.train.penalty import squared_excess, used
 from mixbits.train.steps import Loop, Schedule, steps
 from mixbits.train.task import Task
 
@@ -405,12 +402,3 @@ class MPDNN(Method):
             return 0.125, 0.125 * magnitudes
         step = float(pow2(mse_step(values, Uniform(bits, signed, "narrow" if signed else "full"))[0]))
         return step, step * magnitudes
-
-
-def used(profile: Profile, budget: Budget, bits: Mapping[str, int]) -> dict[str, Any]:
-    """Average widths and the used fraction of every limit, for the record of a run."""
-    return {
-        "avg_weight_bits": COSTS["weight_bits"].of(profile, bits),
-        "avg_act_bits": COSTS["act_bits"].of(profile, bits),
-        "used": {limit.cost: limit.used(profile, bits) / limit.asked for limit in budget.limits},
-    }

@@ -44,7 +44,6 @@ import torch
 from torch import Tensor, nn
 
 from mixbits.core.budget import Budget
-from mixbits.core.cost import COSTS
 from mixbits.core.grid import MAX_BITS, Grid, Uniform, level_count
 from mixbits.core.profile import Profile, Site
 from mixbits.graph.quant_graph import QuantGraph, put_
@@ -55,6 +54,7 @@ from mixbits.search.greedy import Choices, InfeasibleError, fit, noise_power
 from mixbits.train.finetune import Finetune, observe
 from mixbits.train.method import Learned, Method, Target
 from mixbits.train.norms import reestimate_batch_norm_
+from mixbits.train.penalty import used
 from mixbits.train.steps import Loop, Schedule, steps
 from mixbits.train.task import Task
 
@@ -560,12 +560,3 @@ def relative_error(values: Tensor, step: Tensor, grid: Grid) -> float:
     """``||Q(x) - x||**2 / ||x||**2``; 0 for values that are all 0."""
     error = (step * nearest_level(values / step, grid) - values).square().sum()
     return float(error / values.square().sum().clamp_min(SMALLEST_STEP))
-
-
-def used(profile: Profile, budget: Budget, bits: Mapping[str, int]) -> dict[str, Any]:
-    """Average widths and the used fraction of every limit, for the record of a run."""
-    return {
-        "avg_weight_bits": COSTS["weight_bits"].of(profile, bits),
-        "avg_act_bits": COSTS["act_bits"].of(profile, bits),
-        "used": {limit.cost: limit.used(profile, bits) / limit.asked for limit in budget.limits},
-    }

@@ -1,14 +1,15 @@
-"""Penalties: limits as terms of a loss."""
+"""Penalties: limits as terms of a loss, and how much of them is used."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixbits.core.budget import Budget
-from mixbits.core.cost import Bits
+from mixbits.core.cost import COSTS, Bits
 from mixbits.core.profile import Profile
 
 # Uhlich et al. 2020 (arXiv 1905.11452) penalize 0.1 * (KiB above the limit)**2 on ResNet-20, whose limits
@@ -37,3 +38,12 @@ def squared_excess(
         else:
             total = total + strength * (PAPER_WEIGHT_KIB * relative).square()
     return total
+
+
+def used(profile: Profile, budget: Budget, bits: Mapping[str, int]) -> dict[str, Any]:
+    """Average widths and the used fraction of every limit, for the record of a run."""
+    return {
+        "avg_weight_bits": COSTS["weight_bits"].of(profile, bits),
+        "avg_act_bits": COSTS["act_bits"].of(profile, bits),
+        "used": {limit.cost: limit.used(profile, bits) / limit.asked for limit in budget.limits},
+    }
