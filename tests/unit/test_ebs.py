@@ -740,7 +740,7 @@ def test_on_digits_the_search_trains_and_the_packed_network_answers_as_the_train
         )
     trained = finetune(learned.graph, policy, task, Finetune(epochs=6))
 
-    executor = Executor(lower(trained, policy))
+    executor = Executor(lower(trained))
     inputs = torch.cat([batch for batch, _ in task.test.epoch(0)])
     packed = executor(inputs.numpy())
 
