@@ -19,7 +19,7 @@ demo: .venv/.installed  ## quantize a small network from end to end; results in 
 	$(BIN)/mixbits demo --out runs/demo
 
 test: .venv/.installed-dev  ## run the tests and the examples in docstrings
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4
 
 slow: .venv/.installed-dev  ## run the slow tests, with more examples of each law
 	$(BIN)/pytest -m slow
