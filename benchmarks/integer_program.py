@@ -5,7 +5,7 @@ once by branch and cut alone, the fallback. Harm is ``sensitivity * 4**-bits`` w
 lognormal, equal or of a few levels; limits are those of 3.6 bit for weights, 4 for activations, 14 for their
 product, and in between for others.
 
-    OMP_NUM_THREADS=1 python benchmarks/integer_program.py --runs 3
+    OMP_NUM_THREADS=1 python benchmarks/integer_program.py --runs 3 --nodes 1000
 """
 
 from __future__ import annotations
