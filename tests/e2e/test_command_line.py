@@ -68,6 +68,39 @@ def test_summary_holds_float_uniform_and_mixed_with_the_same_keys(finished: Path
     assert all(site["assigned_bits"] == site["stored_bits"] for site in summary["sites"])
 
 
+def test_widths_are_chosen_without_training(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "quick"
+    arguments = [
+        "--network",
+        "mixbits.zoo:digits_cnn",
+        "--data",
+        "digits",
+        "--budget",
+        "weights=4bit,act=6bit",
+    ]
+    weights = ["--weights", str(finished / "float.safetensors")]
+
+    assert main(["fit", "--no-train", *arguments, *weights, "--out", str(out)]) == 0
+
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["method"], summary["epochs"]) == (
+        "sensitivity",
+        {"learn": 0, "finetune": 0, "uniform": 0},
+    )
+    assert all(limit["used"] <= limit["asked"] for limit in summary["limits"])
+    assert summary["mixed"]["top1"] > summary["float"]["top1"] - 5
+    assert summary["runtime"]["images"] - summary["runtime"]["same_prediction_as_training_graph"] <= 1
+
+
+def test_a_method_that_trains_is_refused_without_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(tmp_path / "run", "--no-train", "--method", "mpdnn") == 2
+
+    assert "with --no-train use --method sensitivity" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_packed_model_predicts_what_the_training_graph_predicts(finished: Path) -> None:
     ran = json.loads((finished / "summary.json").read_text())["runtime"]
     # Of 360 images: float32 sums of the training graph may round a tie the other way.

@@ -36,8 +36,8 @@ def write_summary(run: Run) -> dict[str, Any]:
         "seed": recipe.seed,
         "epochs": {
             "learn": method_of(recipe).epochs,
-            "finetune": recipe.finetune.epochs,
-            "uniform": recipe.finetune.epochs + method_of(recipe).epochs,
+            "finetune": recipe.finetune.epochs if recipe.train else 0,
+            "uniform": recipe.finetune.epochs + method_of(recipe).epochs if recipe.train else 0,
         },
         "started": run.folder.read_json("started.json"),
         "machine": machine(),
