@@ -174,6 +174,8 @@ def start(run: Run, *, resume: bool) -> None:
             "the networks of mixbits.zoo are untrained: give --weights FILE, or --float-training.epochs N "
             "to train first"
         )
+    if not recipe.train and recipe.start == "scratch":
+        raise ValueError("--no-train needs a trained network: leave out --start scratch")
     if not recipe.train and method_of(recipe).epochs:
         raise ValueError(
             f"the method {recipe.method} trains for {method_of(recipe).epochs} epochs: with --no-train use "
@@ -291,21 +293,20 @@ def finetune_stage(run: Run) -> None:
     if run.done("finetune"):
         return
     began, policy = time.monotonic(), run_policy(run)
-    graph, start_steps, learning = run.origin, {}, 0.0
-    if run.done("learn"):
-        result = run.result("learn")
+    result: dict[str, Any] = run.result("learn") if run.done("learn") else {"seconds": 0.0}
+    graph, start_steps = run.origin, None
+    if run.done("learn") and method_of(run.recipe).epochs:
         graph = run.graph.copy()
         graph.module.load_state_dict(read_tensors(run.folder / "learned.safetensors"))
         start_steps = {
             site: Frozen(grid_from_json(entry["grid"]), torch.tensor(entry["step"]).squeeze())
             for site, entry in result["frozen"].items()
         }
-        learning = result["seconds"]
     network = _finetuned(
         run, "finetune", graph, policy, method=method_of(run.recipe), start_steps=start_steps
     )
     write_tensors(run.folder, "finetuned.safetensors", network.module.state_dict())
-    run.finish("finetune", measured(run, network, policy.bits, learning + time.monotonic() - began))
+    run.finish("finetune", measured(run, network, policy.bits, result["seconds"] + time.monotonic() - began))
 
 
 def _finetuned(
@@ -318,9 +319,12 @@ def _finetuned(
     epochs: int | None = None,
     start_steps: Mapping[str, Frozen] | None = None,
 ) -> QuantGraph:
-    if not run.recipe.train:
+    placed = None
+    if start_steps is None and run.recipe.start == "trained":  # nothing was learned to start from
         images = calibration_images(run.task.train, run.recipe.images, run.device)
-        return calibrate(graph, policy, images, observe_float(graph, images))
+        placed = calibrate(graph, policy, images, observe_float(graph, images))
+        if not run.recipe.train:
+            return placed
     options = method.finetuning(run.recipe.finetune)
     if epochs is not None:
         options = dataclasses.replace(options, epochs=epochs)
@@ -332,6 +336,7 @@ def _finetuned(
         run.loop(stage),
         start=start_steps,
         teacher=run.graph if options.distill else None,
+        placed=placed,
         quantizer=method.quantizer,
         extra_loss=method.extra_loss,
     )

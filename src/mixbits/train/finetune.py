@@ -55,6 +55,7 @@ def finetune(
     *,
     start: Mapping[str, Frozen] | None = None,
     teacher: QuantGraph | None = None,
+    placed: QuantGraph | None = None,
     quantizer: MakeQuantizer = learned_step,
     extra_loss: Callable[[QuantGraph], Callable[[], Tensor] | None] = lambda student: None,
 ) -> QuantGraph:
@@ -62,16 +63,23 @@ def finetune(
 
     Weight steps are per output channel, chosen by squared error unless ``start`` has them for the same grid;
     activation steps are ``start``'s where it has them, else chosen by squared error on training batches.
-    ``teacher`` is the float network for distillation. ``quantizer`` makes what stands on a site while
-    training, ``extra_loss`` a term of the loss from the network as placed; at the end every site has a
-    :class:`LearnedStep`.
+    ``teacher`` is the float network for distillation. ``placed`` is the network at this policy with good
+    values already, as :func:`~mixbits.train.calibrate.calibrate` gives it: training starts there.
+    ``quantizer`` makes what stands on a site while training, ``extra_loss`` a term of the loss from the
+    network as placed; at the end every site has a :class:`LearnedStep`.
 
     Raises ``ValueError`` if the policy does not fit the network, or if distillation lacks its teacher.
     """
     policy.check(graph.profile)
     if options.distill and teacher is None:
         raise ValueError("distillation needs the float network: pass teacher=")
-    student = place_policy(graph, policy, task.train, start=start, device=loop.device, quantizer=quantizer)
+    if placed is not None:
+        student = placed.copy()
+        student.module.to(loop.device)
+    else:
+        student = place_policy(
+            graph, policy, task.train, start=start, device=loop.device, quantizer=quantizer
+        )
     optimizer = torch.optim.SGD(
         parameter_groups(student, options.weight_decay), lr=options.lr, momentum=options.momentum
     )
