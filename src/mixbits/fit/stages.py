@@ -39,7 +39,10 @@ from mixbits.train.task import Task, evaluate, task_of
 
 Row = Mapping[str, Any]
 # What a run that was killed before it wrote its recipe may have left.
-BEGUN = {".lock", "stages", "checkpoints", "started.json", ".started.json.tmp", ".recipe.json.tmp"}
+BEGUN = {
+    *(".lock", "stages", "checkpoints", "metrics.jsonl", ".metrics.jsonl.tmp"),
+    *("started.json", ".started.json.tmp", ".recipe.json.tmp"),
+}
 
 
 class Run:
@@ -201,6 +204,7 @@ def start(run: Run, *, resume: bool) -> None:
         raise ValueError(f"{path} exists and is not the folder of a mixbits run; choose another --out")
     for folder in (path, path / "stages", path / "checkpoints"):
         folder.mkdir(parents=True, exist_ok=True)
+    run.folder.write_bytes("metrics.jsonl", b"")  # a run that does not train has no row
     run.folder.write_json("started.json", time.strftime("%Y-%m-%dT%H:%M:%S"))
     run.folder.write_json("recipe.json", to_dict(recipe))
 
