@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from mixbits.cli.main import main
+from mixbits.fit.recipe import Recipe
 from mixbits.pack.artifact import read_program
 from mixbits.zoo import digits_cnn
 
@@ -329,3 +332,14 @@ def test_environment_variable_shows_the_traceback(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(os.environ, "MIXBITS_TRACEBACK", "1")
     with pytest.raises(ValueError, match="unknown unit"):
         main(["fit", *QUICK, "--budget", "weights=1x"])
+
+
+def test_help_says_what_every_option_is(capsys: pytest.CaptureFixture[str]) -> None:
+    sentences = dict(re.findall(r"^\s+(\w+): (.*)\.$", Recipe.__doc__ or "", re.MULTILINE))
+    assert set(sentences) == {option.name for option in fields(Recipe)}
+
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--help"])
+
+    words = " ".join(line.strip("│ ") for line in capsys.readouterr().out.splitlines())
+    assert [name for name, sentence in sentences.items() if sentence not in words] == []

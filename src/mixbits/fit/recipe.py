@@ -32,36 +32,61 @@ class FloatTraining:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Options of a run."""
+    """Options of a run.
 
-    network: str = ""  # module:function or file.py:function, called without arguments
-    data: str = ""  # digits, cifar10:DIR, imagefolder:DIR, module:function or file.py:function
-    budget: str = ""  # limits, for example weights=70KiB,act_max=8KiB or weights=4bit or bops=0.5G
-    method: str = "mpdnn"  # see `mixbits methods`
-    weights: str = ""  # trained weights of the network: safetensors or a state dict
-    start: Literal["trained", "scratch"] = (
-        "trained"  # what learning starts from: the float network, or untrained values
-    )
+    Attributes:
+        network: module:function or file.py:function, called without arguments.
+        data: digits, cifar10:DIR, imagefolder:DIR, module:function or file.py:function.
+        budget: Limits, for example weights=70KiB,act_max=8KiB or weights=4bit or bops=0.5G.
+        method: See `mixbits methods`.
+        weights: Trained weights of the network: safetensors or a state dict.
+        start: What learning starts from: the float network, or untrained values.
+        seed: Of everything that is drawn.
+        batch_size: Training images of one step.
+        held_out: Fraction of the training data that decides and is not trained on.
+        train_images: Trained on, of those not held out; 0: all; else a fixed part, classes in proportion.
+        weight_bits: Candidates for weights.
+        activation_bits: Candidates for activations.
+        pins: Sites whose width is given.
+        ties: Groups of sites that share one width, each written site+site.
+        mean: Normalization a channel; empty: the data set's.
+        std: Normalization a channel; empty: the data set's.
+        train: --no-train only chooses widths and good values, from calibration images.
+        images: Calibration images, from the training data, without labels.
+        baseline: Also train the uniform-width network under the same budget.
+        device: cpu or cuda.
+        threads: Of torch on the CPU; 0: torch's choice.
+        compile: torch.compile the training step (needs g++ on the CPU).
+        bf16: Train matrix products in bfloat16.
+        check_images: Test images that the packed model runs, compared with the training graph.
+        float_training: Training of the float network, for recipes that start without weights.
+        finetune: Training at the learned widths.
+    """
+
+    network: str = ""
+    data: str = ""
+    budget: str = ""
+    method: str = "mpdnn"
+    weights: str = ""
+    start: Literal["trained", "scratch"] = "trained"
     seed: int = 0
     batch_size: int = 128
-    held_out: float = 0.1  # fraction of the training data that decides and is not trained on
-    train_images: int = (
-        0  # trained on, of those not held out; 0: all; else a fixed part, each class in proportion
-    )
-    weight_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)  # candidates for weights
-    activation_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)  # candidates for activations
-    pins: dict[str, int] = field(default_factory=dict[str, int])  # sites whose width is given
-    ties: tuple[str, ...] = ()  # groups of sites that share one width, each written site+site
-    mean: tuple[float, ...] = ()  # normalization a channel; empty: the data set's
-    std: tuple[float, ...] = ()  # normalization a channel; empty: the data set's
-    train: bool = True  # --no-train: only choose widths and good values, from calibration images
-    images: int = 256  # calibration images of --no-train, from the training data, without labels
-    baseline: bool = True  # also train the uniform-width network under the same budget
-    device: str = "cpu"  # cpu or cuda
-    threads: int = 0  # of torch on the CPU; 0: torch's choice
-    compile: bool = False  # torch.compile the training step (needs g++ on the CPU)
-    bf16: bool = False  # train matrix products in bfloat16
-    check_images: int = 2000  # test images that the packed model runs, compared with the training graph
+    held_out: float = 0.1
+    train_images: int = 0
+    weight_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    activation_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    pins: dict[str, int] = field(default_factory=dict[str, int])
+    ties: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    train: bool = True
+    images: int = 256
+    baseline: bool = True
+    device: str = "cpu"
+    threads: int = 0
+    compile: bool = False
+    bf16: bool = False
+    check_images: int = 2000
     float_training: FloatTraining = field(default_factory=FloatTraining)
     finetune: Finetune = field(default_factory=Finetune)
 
