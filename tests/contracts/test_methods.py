@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import is_dataclass, replace
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from mixbits.core.budget import parse_budget
 from mixbits.core.cost import COSTS
+from mixbits.core.grid import Codebook, Uniform, dequantize, quantize
 from mixbits.core.policy import Policy
 from mixbits.graph.quant_graph import QuantGraph, capture
 from mixbits.methods import find_methods, method_named
@@ -44,6 +46,7 @@ BUDGETS = {
 }
 each_budget = pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
 CANDIDATES = (2, 3, 4, 6, 8)
+NEAR_A_TIE = 1e-3  # in steps
 
 
 class Tiny(nn.Module):
@@ -233,6 +236,33 @@ def test_finetuning_can_start_from_what_was_learned(name, budget):
     assert set(found.frozen) <= set(policy.bits)
     assert all((quantizer.step > 0).all() for quantizer in placed.quantizers.values())
     assert torch.isfinite(placed(torch.ones(2, 1, 8, 8))).all()
+
+
+@each_method
+@pytest.mark.parametrize("budget", ["weights=3bit", "weights=0.3KiB,act_max=100B,bops=150k"])
+def test_quantizers_that_were_learned_with_compute_their_frozen_grids(name, budget):
+    _, found = learned(name, budget)
+    graph = found.graph.copy()
+
+    for site, quantizer in graph.quantizers.items():
+        frozen = quantizer.eval().freeze()
+        if graph.profile.site(site).kind == "weight":
+            values = graph.weight(site).detach()
+            step = frozen.step.reshape(-1, *[1] * (values.dim() - 1)) if frozen.step.dim() else frozen.step
+        else:
+            values, step = torch.linspace(-1.3, 1.7, 999) * frozen.grid.level_max * frozen.step, frozen.step
+        with torch.no_grad():
+            computed = quantizer(values)
+        grid, ratio = frozen.grid, values / step
+        wanted = dequantize(quantize(values.numpy(), step.numpy(), grid), step.numpy(), grid)
+        # A method may round ties its own way; nothing else may differ.
+        thresholds = torch.tensor(grid.edges if isinstance(grid, Codebook) else midpoints(grid))
+        tie = (ratio.flatten()[:, None] - thresholds).abs().min(1).values.reshape(ratio.shape) < NEAR_A_TIE
+        assert torch.equal(computed[~tie], torch.from_numpy(wanted)[~tie]), site
+
+
+def midpoints(grid: Uniform) -> list[float]:
+    return [(low + high) / 2 for low, high in pairwise(grid.levels)]
 
 
 @each_method
