@@ -47,10 +47,6 @@ class Loop:
     checkpoint: Checkpoint | None = None
     watch: Watch = field(default=lambda row: None)
 
-    def named(self, stage: str) -> Loop:
-        """The same loop for another stage, without its checkpoint."""
-        return Loop(stage, self.device, self.compile, self.bf16, None, self.watch)
-
 
 PLAIN_LOOP = Loop()  # on the CPU, nothing saved, nobody told
 
