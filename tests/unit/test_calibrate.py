@@ -14,7 +14,7 @@ from mixbits.graph.sites import MAC_OPS
 from mixbits.quant.functional import nearest_level
 from mixbits.quant.rounding import compensated_levels
 from mixbits.search.greedy import choices
-from mixbits.train.calibrate import calibrate, input_rows, observe_float, sensitivity
+from mixbits.train.calibrate import calibrate, channel_statistics, input_rows, observe_float, sensitivity
 from mixbits.train.method import full_grid
 
 FLOAT32_SUM = 1e-4  # relative, of a few hundred float32 products summed in another order
@@ -31,6 +31,8 @@ def network(*layers: nn.Module, example: Tensor) -> QuantGraph:
         for module in model.modules():
             if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
                 nn.init.normal_(module.weight, std=0.3)
+                if module.bias is not None:
+                    nn.init.normal_(module.bias, std=0.1)
         return capture(model.eval(), example)
 
 
@@ -172,21 +174,26 @@ def test_every_site_has_a_harm_that_falls_with_every_bit(images):
         assert values[-1] < values[0]
 
 
-def test_the_harms_foretell_which_site_hurts_most(images):
-    graph = cnn(images)
+def test_the_harm_foretells_how_much_the_outputs_change(images):
+    graph = network(
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 3, padding=1, groups=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(216, 4),
+        example=images[:2],
+    )
     observed = observe_float(graph, images)
-    names = [site.name for site in graph.profile.weights]
     foretold = sensitivity(graph, observed, choices(graph.profile, (3,), (8,)))
 
-    def measured(site: str) -> float:
-        bits = {s.name: 3 if s.name == site else 8 for s in graph.profile.sites}
-        policy = Policy({s.name: full_grid(s, bits[s.name]) for s in graph.profile.sites})
+    for name in ("0.weight", "2.weight", "5.weight"):
+        bits = {site.name: 3 if site.name == name else 8 for site in graph.profile.sites}
+        policy = Policy({site.name: full_grid(site, bits[site.name]) for site in graph.profile.sites})
         with torch.no_grad():
             change = calibrate(graph, policy, images, observed)(images) - graph(images)
-        return float(change.square().sum(1).mean())
-
-    change = {site: measured(site) for site in names}
-    assert max(names, key=change.__getitem__) == max(names, key=lambda site: foretold[site][3])
+        # Measured: 0.97, 1.11 and 1.08; the other sites at 8 bits and higher orders are the rest.
+        assert float(change.square().sum(1).mean()) == pytest.approx(foretold[name][3], rel=0.25)
 
 
 @pytest.mark.parametrize("weights", [1, 2, 4, 8])
@@ -204,22 +211,27 @@ def test_calibrated_weights_are_on_their_grids_and_the_given_network_is_unchange
     assert graph.quantizers == {}
 
 
-def test_batch_norms_read_what_they_read_before_quantization(images):
+def test_statistics_move_to_what_batch_norms_read_once_quantized(images):
     graph = cnn(images)
+    names = [node for node in graph.module.graph.nodes if node.name in observe_float(graph, images).norms]
+    for node in names:  # the network's own statistics are those of these images, layer by layer
+        mean, variance = observe_float(graph, images).norms[node.name]
+        norm = graph.module.get_submodule(str(node.target))
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
     observed = observe_float(graph, images)
 
-    network_ = calibrate(graph, policy_of(graph, 2, 4), images, observed)
+    quantized = calibrate(graph, policy_of(graph, 2, 4), images, observed)
 
-    # Float statistics on these images + the change = those of the quantized network on these images, where
-    # the network's own statistics were those of these images.
-    for name in ("1", "4"):
-        old, new = graph.module.get_submodule(name), network_.module.get_submodule(name)
-        assert not torch.equal(old.running_mean, new.running_mean)
-        assert (new.running_var > 0).all()
+    read: dict[str, Tensor] = {}
+    norms = [quantized.module.get_submodule(str(node.target)) for node in names]
+    for norm in norms:
+        norm.register_forward_hook(lambda module, inputs, _: read.update({id(module): inputs[0]}))
     with torch.no_grad():
-        moved = (network_(images) - graph(images)).square().mean()
-        network_.module.load_state_dict(
-            {k: v for k, v in graph.module.state_dict().items() if "running" in k}, strict=False
-        )
-        unmoved = (network_(images) - graph(images)).square().mean()
-    assert moved < unmoved
+        quantized(images)
+    assert len(norms) == 2
+    for norm, old in zip(norms, observed.norms.values(), strict=True):
+        mean, variance = channel_statistics(read[id(norm)])
+        assert torch.allclose(norm.running_mean, mean, atol=FLOAT32_SUM)
+        assert torch.allclose(norm.running_var, variance, rtol=1e-2)  # moved by a ratio of variance + eps
+        assert not torch.allclose(norm.running_mean, old[0], atol=10 * FLOAT32_SUM)
