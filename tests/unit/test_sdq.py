@@ -19,7 +19,7 @@ from mixbits.core.cost import COSTS
 from mixbits.core.grid import Codebook, Grid, Uniform
 from mixbits.core.policy import Policy, policy_from_json
 from mixbits.core.profile import Profile, Site
-from mixbits.graph.quant_graph import QuantGraph, capture
+from mixbits.graph.quant_graph import QuantGraph, capture, put_
 from mixbits.methods.sdq import (
     DBP,
     SDQ,
@@ -33,7 +33,7 @@ from mixbits.methods.sdq import (
 from mixbits.quant.quantizer import LearnedStep
 from mixbits.search.greedy import InfeasibleError
 from mixbits.train.checkpoint import Checkpoint
-from mixbits.train.finetune import Finetune, finetune, place_policy, restore_policy
+from mixbits.train.finetune import Finetune, finetune, place_policy, restore_policy, settle_
 from mixbits.train.method import Learned, Target, learn
 from mixbits.train.steps import Loop
 from mixbits.train.task import Task, make_task
@@ -641,3 +641,26 @@ def test_the_teacher_can_be_left_out():
 
     assert SDQ(distill=False).finetuning(options) == options
     assert SDQ().finetuning(options) == Finetune(distill=1.0, temperature=1.0)
+
+
+def test_a_settled_network_computes_what_it_was_trained_to_compute(tiny):
+    graph = tiny.copy()
+    policy = Policy({site.name: SDQ()._grid(site, 2) for site in graph.profile.sites})
+    put_(
+        graph,
+        {
+            site.name: EntropyStep(
+                policy.grids[site.name], float(graph.weight(site.name).detach().abs().mean()) / 2
+            )
+            for site in graph.profile.weights
+        },
+    )
+    graph.module.eval()
+    images = torch.randn(4, *graph.profile.input_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = graph(images)
+
+        settle_(graph, policy)
+
+        assert torch.equal(graph(images), before)
+    assert {type(quantizer) for quantizer in graph.quantizers.values()} == {LearnedStep}

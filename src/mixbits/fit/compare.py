@@ -45,7 +45,7 @@ WatchOf = Callable[[str], Watch]  # from a cell's name to what gets its rows; pi
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell ended in this session: ``error`` is empty unless it failed."""
+    """How a cell ended: ``error`` is empty unless it failed."""
 
     name: str
     stopped: bool = False
