@@ -3,3 +3,51 @@ from numpy.typing import NDArray
 
 def pack_bits(codes: NDArray[np.uint8], bits: int, packed: NDArray[np.uint8]) -> None: ...
 def unpack_bits(packed: NDArray[np.uint8], bits: int, codes: NDArray[np.uint8]) -> None: ...
+
+class Conv:
+    c: int
+    o: int
+    groups: int
+    kh: int
+    kw: int
+    stride_y: int
+    stride_x: int
+    dilation_y: int
+    dilation_x: int
+    out_h: int
+    out_w: int
+    in_h: int
+    in_w: int
+    pixel_stride: int
+    a_max: int
+    a_scale: int
+    a_offset: int
+    a_zero: int
+    w_bits: int
+    w_min: int
+    w_max: int
+    w_step: int
+
+def kernels() -> list[tuple[str, bool, str]]: ...
+def refuses(name: str, conv: Conv) -> str: ...
+def kernel_cost(name: str, conv: Conv) -> tuple[float, int, int]: ...
+def convolve(
+    name: str,
+    conv: Conv,
+    input: NDArray[np.uint8],
+    levels: NDArray[np.int16],
+    sums: NDArray[np.int32],
+    rows: int,
+    channels: int,
+) -> None: ...
+def time_kernel(
+    name: str,
+    conv: Conv,
+    input: NDArray[np.uint8],
+    levels: NDArray[np.int16],
+    rows: int,
+    channels: int,
+    repeats: int,
+) -> list[float]: ...
+def isa_problem() -> str: ...
+def cpu_model() -> str: ...

@@ -44,8 +44,12 @@ class Target:
 
 
 def full_grid(site: Site, bits: int) -> Uniform:
-    """The uniform grid that uses all codes; one bit of a signed tensor is -1/+1."""
-    return Uniform(bits, site.signed, "bipolar" if site.signed and bits == 1 else "full")
+    """The uniform grid that uses all codes; one bit of a signed tensor is -1/+1.
+
+    Weights of 2 bits are on -3, -1, 1, 3, which fit them better than -2, -1, 0, 1 (docs/decisions/0004).
+    """
+    odd = site.signed and bits <= (2 if site.kind == "weight" else 1)
+    return Uniform(bits, site.signed, "bipolar" if odd else "full")
 
 
 @dataclass(frozen=True)
