@@ -6,15 +6,15 @@ convolution of one row. Without the native extension there are none.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from mixbits.core.grid import Codebook, Grid, describe
+from mixbits.pack.bits import native_available
 
-if TYPE_CHECKING or importlib.util.find_spec("mixbits._native") is not None:
+if TYPE_CHECKING or native_available():
     from mixbits import _native
 
 PIXEL_UNIT = 4  # bytes of a pixel are a multiple of it
@@ -52,8 +52,8 @@ def bytes_of(grid: Grid, *, padded: bool = False) -> Bytes:
     largest = (high - low) // scale
     if largest > LARGEST_BYTE:
         raise ValueError(
-            f"padding puts level 0 between the levels {grid.level_min} .. {grid.level_max} of {describe(grid)}, "
-            "which then need more than a byte; use one bit less, or a grid that has level 0"
+            f"padding puts level 0 between the levels of {describe(grid)}, which then need more than a byte; "
+            "use one bit less, or a grid that has level 0"
         )
     return Bytes(scale, low, largest, -low // scale if low % scale == 0 and low <= 0 else None)
 
