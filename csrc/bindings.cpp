@@ -17,6 +17,9 @@
 #include <tuple>
 #include <vector>
 
+#include "engine/bind_engine.h"
+#include "engine/bind_operations.h"
+#include "engine/memory.h"
 #include "kernels/registry.h"
 #include "pack/bits.h"
 
@@ -50,22 +53,7 @@ void unpack_bits(const ConstBytes& packed, unsigned bits, const Bytes& codes) {
   mixbits::unpack_bits(packed.data(), codes.size(), bits, codes.data());
 }
 
-// Memory as kernels want it: aligned, zeroed, with readable bytes behind it.
-class Aligned {
- public:
-  explicit Aligned(std::size_t bytes)
-      : data_(static_cast<std::uint8_t*>(
-            ::operator new(bytes + mixbits::kSlack, std::align_val_t{mixbits::kAlign}))) {
-    std::memset(data_, 0, bytes + mixbits::kSlack);
-  }
-  ~Aligned() { ::operator delete(data_, std::align_val_t{mixbits::kAlign}); }
-  Aligned(const Aligned&) = delete;
-  Aligned& operator=(const Aligned&) = delete;
-  std::uint8_t* data() const { return data_; }
-
- private:
-  std::uint8_t* data_;
-};
+using mixbits::Aligned;
 
 // Every kernel's name, whether this CPU (and MIXBITS_ISA) lets it run, and its instruction set.
 std::vector<std::tuple<std::string, bool, std::string>> kernels() {
@@ -227,6 +215,8 @@ NB_MODULE(_native, module) {
       .def_rw("w_min", &Conv::w_min)
       .def_rw("w_max", &Conv::w_max)
       .def_rw("w_step", &Conv::w_step);
+  mixbits::bind_operations(module);
+  mixbits::bind_engine(module);
   module.def("kernels", &kernels, "Name, whether it can run here, and instruction set of every kernel.");
   module.def("refuses", &refuses, nb::arg("name"), nb::arg("conv"),
              "Why a kernel cannot compute a convolution; empty if it can.");

@@ -1,10 +1,11 @@
-"""Executor: a program that runs, without torch."""
+"""Executor: a program that runs, without torch: natively where it can, else on the NumPy reference."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,33 +15,68 @@ from mixbits.core.grid import grid_from_json, levels_of
 from mixbits.core.instructions import BATCHED, CONSTANT, GRID, INSTRUCTIONS, MAYBE_CONSTANT, WEIGHT
 from mixbits.core.program import Instruction, PackedWeight, Program, last_reads
 from mixbits.pack.artifact import read_program
-from mixbits.pack.bits import unpack
+from mixbits.pack.bits import native_available, unpack
+from mixbits.runtime.native import Native
 from mixbits.runtime.reference import REFERENCE
 from mixbits.runtime.values import Codes, Floats, Value, Weight, floats_of
+
+
+Engine: TypeAlias = Literal["native", "reference"]
 
 
 class Executor:
     """A program made ready to run: float32 ``[n, *input_shape]`` to float32 ``[n, ...]``.
 
-    Every instruction is one of ``runtime/reference.py``. Any number of samples is fine, none included.
+    Every instruction is one of ``runtime/reference.py``; the native engine gives the same values faster. Any
+    number of samples is fine, none included. ``engine`` says which of the two runs. Several threads may call
+    one executor; natively, the calls take turns.
     """
 
-    def __init__(self, program: Program, *, max_elements: int = MAX_ELEMENTS) -> None:
-        """Check the program and unpack its weights; ``max_elements`` limits every value, for one sample."""
+    def __init__(
+        self,
+        program: Program,
+        *,
+        threads: int = 1,
+        engine: Engine | None = None,
+        max_elements: int = MAX_ELEMENTS,
+    ) -> None:
+        """Check the program and unpack its weights; ``max_elements`` limits every value, for one sample.
+
+        ``threads`` are the native engine's. Without ``engine`` it is native if the extension was built; if the
+        program is one that it cannot run, a warning says why and the reference runs. ``ValueError`` if
+        ``engine`` is native and it cannot.
+        """
         check(program, max_elements=max_elements)
         self.program = program
         self._max_elements = max_elements
         self._last = last_reads(program)
         weights = {name: unpack_weight(name, weight) for name, weight in program.weights.items()}
         self._attrs = [_resolve(step, program, weights) for step in program.instructions]
+        self.native: Native | None = None
+        if engine == "native" or (engine is None and native_available()):
+            try:
+                self.native = Native(program, weights, threads=threads)
+            except ValueError as error:
+                if engine == "native":
+                    raise
+                warnings.warn(f"the NumPy reference runs, more slowly: {error}", stacklevel=2)
+
+    @property
+    def engine(self) -> Engine:
+        """What runs."""
+        return "reference" if self.native is None else "native"
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Executor:
+    def from_file(cls, path: str | Path, *, threads: int = 1) -> Executor:
         """The executor of a ``.mixbits`` file."""
-        return cls(read_program(Path(path)))
+        return cls(read_program(Path(path)), threads=threads)
 
     def __call__(self, x: NDArray[np.float32]) -> Floats:
         """Logits of a batch, float32 ``[n, ...]``; ``ValueError`` if the input does not fit."""
+        if self.native is not None:
+            _check_input(x, self.program.input_shape)
+            shape = specs(self.program, len(x), max_elements=self._max_elements)[self.program.output].shape
+            return self.native.run(np.ascontiguousarray(x), np.empty(shape, np.float32))
         alive: dict[str, Value] = {}
         for index, (name, value) in enumerate(self._run(x, alive), start=-1):
             read = () if index < 0 else self.program.instructions[index].inputs
@@ -51,7 +87,7 @@ class Executor:
         return floats_of(alive[self.program.output])
 
     def trace(self, x: NDArray[np.float32]) -> Mapping[str, Value]:
-        """Every value by name: ``Codes`` or float32 arrays."""
+        """Every value by name, as the reference has it: ``Codes`` or float32 arrays."""
         values: dict[str, Value] = {}
         for name, value in self._run(x, values):
             values[name] = value  # noqa: PERF403  _run reads what is here

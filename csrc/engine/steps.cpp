@@ -1,0 +1,156 @@
+#include "engine/steps.h"
+
+#include <algorithm>
+
+#include "engine/loops.h"
+#include "engine/moves.h"
+
+namespace mixbits {
+namespace {
+
+constexpr std::int64_t kAccBytes =
+    96 * 1024;                      // of the sums of one job: they are to stay in the nearest caches
+constexpr std::int64_t kRun = 512;  // values rounded at a time
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+void LayerStep::use(const Kernel& by, const std::int16_t* levels) {
+  kernel = &by;
+  weights = Aligned(by.weight_bytes(conv));
+  by.pack(conv, levels, weights.data());
+}
+
+// As many rows as the kernel likes and as the sums' room allows.
+int LayerStep::strip_rows() const {
+  const std::int64_t row = sizeof(std::int32_t) * std::int64_t{conv.out_w} * round_up(outputs(), 16);
+  const auto most = static_cast<int>(std::clamp<std::int64_t>(kAccBytes / row, 1, conv.out_h));
+  const int rows = std::min(kernel->rows(conv), most);
+  return std::max(rows / kernel->rows_step, 1) * kernel->rows_step;
+}
+
+std::size_t LayerStep::scratch_bytes() const {
+  const int rows = strip_rows();
+  const std::size_t acc =
+      sizeof(std::int32_t) * static_cast<std::size_t>(rows) * conv.out_w * round_up(outputs(), 16);
+  return static_cast<std::size_t>(round_up(static_cast<int>(acc), kAlign)) + kSlack +
+         kernel->scratch_bytes(conv, rows);
+}
+
+bool LayerStep::run(const Frame& frame) const {
+  const int rows = strip_rows();
+  const std::int64_t strips = ceil_div(conv.out_h, rows);
+  // Too few strips for the threads: they split the channels, and each makes the kernel's preparations itself.
+  int channels = outputs();
+  if (images * strips < frame.parts && conv.groups == 1) {
+    channels = round_up(static_cast<int>(ceil_div(outputs(), ceil_div(frame.parts, images * strips))),
+                        kChannelBlock);
+  }
+  const std::int64_t blocks = ceil_div(outputs(), channels);
+  bool numbers = true;
+  const std::int64_t jobs = images * strips * blocks;
+  for (std::int64_t job = frame.begin(jobs); job < frame.end(jobs); ++job) {
+    const auto o0 = static_cast<int>(job % blocks) * channels;
+    const auto y0 = static_cast<int>(job / blocks % strips) * rows;
+    numbers &= run_job(frame, job / blocks / strips, y0, std::min(y0 + rows, conv.out_h), o0,
+                       std::min(o0 + channels, outputs()));
+  }
+  return numbers;
+}
+
+bool LayerStep::run_job(const Frame& frame, std::int64_t image, int y0, int y1, int o0, int o1) const {
+  auto* acc = reinterpret_cast<std::int32_t*>(frame.scratch);
+  const int ld = round_up(o1 - o0, 16);
+  const auto acc_bytes = static_cast<int>(sizeof(std::int32_t)) * (y1 - y0) * conv.out_w * ld;
+  std::uint8_t* scratch = frame.scratch + round_up(acc_bytes, kAlign) + kSlack;
+  kernel->run(conv,
+              {frame.at(input) + image * input_image, weights.data(), scratch, acc, ld, y0, y1, o0, o1});
+
+  Finish finish;
+  finish.scale = reinterpret_cast<const float*>(scale.data());
+  finish.bias = reinterpret_cast<const float*>(bias.data());
+  finish.residual_kind = residual_kind;
+  if (residual_kind != Finish::none) {
+    const std::int64_t element = residual_kind == Finish::floats ? sizeof(float) : 1;
+    finish.residual = frame.at(residual.place) + image * residual.image;
+    finish.residual_row = residual.row / element;
+    finish.residual_pixel = residual.pixel / element;
+    finish.residual_step = residual_step;
+    finish.residual_scale = residual_scale;
+    finish.residual_offset = residual_offset;
+  }
+  finish.limited = limited;
+  finish.low = low;
+  finish.high = high;
+  if (gives_floats) {
+    finish.floats_out = reinterpret_cast<float*>(frame.at(floats.place) + image * floats.image);
+    finish.floats_row = floats.row / static_cast<std::int64_t>(sizeof(float));
+    finish.floats_pixel = floats.pixel / static_cast<std::int64_t>(sizeof(float));
+  }
+  int fill = outputs();
+  for (const Bytes& map : bytes) {
+    finish.maps[finish.byte_maps++] = {frame.at(map.to.place) + image * map.to.image, map.to.row,
+                                       map.to.pixel, map.rounding};
+    fill = round_up(outputs(), 4);
+  }
+  return finisher().finish(finish, {acc, ld, y0, y1, conv.out_w, o0, o1, outputs(), fill});
+}
+
+bool RoundStep::run(const Frame& frame) const {
+  const Tensor source = from.in(frame), target = to.in(frame);
+  // The dimension that lies closest together is rounded in runs; the others are counted through.
+  int inner = 0;
+  for (int i = 1; i < source.rank; ++i) {
+    const bool shorter = source.strides[i] <= source.strides[inner];
+    if (source.shape[i] > 1 && (source.shape[inner] <= 1 || shorter)) inner = i;
+  }
+  std::int64_t outer = 1;
+  for (int i = 0; i < source.rank; ++i) outer *= i == inner ? 1 : source.shape[i];
+  const std::int64_t length = source.rank == 0 ? 1 : source.shape[inner];
+  const std::int64_t from_stride = source.rank == 0 ? 1 : source.strides[inner];
+  const std::int64_t to_stride = target.rank == 0 ? 1 : target.strides[inner];
+  bool numbers = true;
+  float buffer[kRun];
+  std::uint8_t rounded[kRun];
+  for (std::int64_t i = frame.begin(outer); i < frame.end(outer); ++i) {
+    std::int64_t from_at = 0, to_at = 0, rest = i;
+    for (int dim = source.rank - 1; dim >= 0; --dim) {
+      if (dim == inner) continue;
+      from_at += rest % source.shape[dim] * source.strides[dim];
+      to_at += rest % source.shape[dim] * target.strides[dim];
+      rest /= source.shape[dim];
+    }
+    for (std::int64_t start = 0; start < length; start += kRun) {
+      const std::int64_t count = std::min(kRun, length - start);
+      const float* values = floats_at(source, from_at + start * from_stride, from_stride, count, buffer);
+      auto* out = static_cast<std::uint8_t*>(target.data) + to_at + start * to_stride;
+      numbers &=
+          finisher().round(rounding, values, static_cast<std::size_t>(count), to_stride == 1 ? out : rounded);
+      if (to_stride != 1) write(rounded, out, to_stride, count);
+    }
+  }
+  return numbers;
+}
+
+std::size_t OperationStep::scratch_bytes() const {
+  std::vector<Tensor> tensors;
+  for (const Operand& input : inputs) tensors.push_back(input.tensor);
+  return operation.scratch_bytes(tensors);
+}
+
+bool OperationStep::run(const Frame& frame) const {
+  std::vector<Tensor> tensors;
+  tensors.reserve(inputs.size());
+  for (const Operand& input : inputs) tensors.push_back(input.in(frame));
+  auto* scratch = reinterpret_cast<std::byte*>(frame.scratch);
+  operation.run(tensors, output.in(frame), scratch, {frame.part, frame.parts});
+  return true;
+}
+
+bool CopyStep::run(const Frame& frame) const {
+  copy(from.in(frame), to.in(frame), {frame.part, frame.parts});
+  return true;
+}
+
+}  // namespace mixbits

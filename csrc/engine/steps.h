@@ -1,0 +1,100 @@
+// The steps that make integers: layers with all that follows them, and rounding of values.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "engine/engine.h"
+#include "engine/finish.h"
+#include "engine/operations.h"
+#include "engine/tensor.h"
+#include "kernels/kernel.h"
+
+namespace mixbits {
+
+// Where pixel (0, 0) of a value's first image lies; strides in bytes.
+struct PixelPlace {
+  Place place;
+  std::int64_t image = 0, row = 0, pixel = 0;
+};
+
+// A convolution or linear layer, its residual, limits and roundings.
+struct LayerStep final : Step {
+  struct Bytes {
+    PixelPlace to;
+    Rounding rounding;
+  };
+
+  const Kernel* kernel = nullptr;
+  Conv conv;
+  Aligned weights;
+  Aligned scale, bias;  // float32 [outputs rounded up to 16]
+  std::int64_t images = 1;
+  Place input;  // of the window of output (0, 0)
+  std::int64_t input_image = 0;
+
+  Finish::Residual residual_kind = Finish::none;
+  PixelPlace residual;
+  float residual_step = 1;
+  int residual_scale = 1, residual_offset = 0;
+  bool limited = false;
+  float low = 0, high = 0;
+  bool gives_floats = false;
+  PixelPlace floats;
+  std::vector<Bytes> bytes;
+
+  // Exact sums on kernel `by`, from weight levels int16 [outputs][c][kh][kw].
+  void use(const Kernel& by, const std::int16_t* levels);
+
+  bool run(const Frame& frame) const override;
+  std::size_t scratch_bytes() const override;
+
+ private:
+  int outputs() const { return conv.groups * conv.o; }
+  int strip_rows() const;
+  bool run_job(const Frame& frame, std::int64_t image, int y0, int y1, int o0, int o1) const;
+};
+
+// A value of a run: a tensor whose data lies at a place.
+struct Operand {
+  Tensor tensor;
+  Place place;
+
+  Tensor in(const Frame& frame) const {
+    Tensor found = tensor;
+    found.data = frame.at(place);
+    return found;
+  }
+};
+
+// Values rounded onto a grid: strided floats, or bytes of another grid, to strided bytes.
+struct RoundStep final : Step {
+  Operand from, to;
+  Rounding rounding;
+
+  bool run(const Frame& frame) const override;
+};
+
+// Nothing but its borders: memory that others leave as it was.
+struct FillStep final : Step {
+  bool run(const Frame&) const override { return true; }
+};
+
+// The same elements elsewhere.
+struct CopyStep final : Step {
+  Operand from, to;
+
+  bool run(const Frame& frame) const override;
+};
+
+// Any other instruction.
+struct OperationStep final : Step {
+  Operation operation;
+  std::vector<Operand> inputs;
+  Operand output;
+
+  bool run(const Frame& frame) const override;
+  std::size_t scratch_bytes() const override;
+};
+
+}  // namespace mixbits

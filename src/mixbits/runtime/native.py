@@ -1,0 +1,84 @@
+"""The native engine: a plan's steps in one call, made for the batches that come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixbits.core.check import specs
+from mixbits.core.program import Program
+from mixbits.pack.bits import native_available
+from mixbits.runtime.plan import Choose, Plan, cheapest, make_plan, separable
+from mixbits.runtime.values import Floats, Weight
+
+if TYPE_CHECKING or native_available():
+    from mixbits import _native
+
+KEPT = 4  # engines of different batch sizes that are kept, where samples cannot run one by one
+
+
+class Native:
+    """A program on the native engine, ``threads`` threads; ``choose`` picks the kernel of each layer.
+
+    Raises ``ValueError`` where the engine cannot run the program, naming the layer.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        weights: Mapping[str, Weight],
+        *,
+        threads: int = 1,
+        choose: Choose | None = None,
+    ) -> None:
+        if not native_available():
+            raise ValueError("mixbits was built without its native extension; see the README on building it")
+        problem = _native.isa_problem()
+        if problem:
+            raise ValueError(f"MIXBITS_ISA: {problem}")
+        if threads < 1:
+            raise ValueError(f"threads is 1 or more, not {threads}")
+        self.program, self.threads = program, threads
+        self._weights, self._choose = weights, choose or cheapest
+        self._separable = separable(program)
+        self._engines: dict[int, tuple[_native.Engine, Plan]] = {}
+        self.plan = self._engine(1)[1]
+
+    def run(self, x: Floats, out: Floats) -> Floats:
+        """Fill ``out`` with the program's output for ``x``, both dense; ``ValueError`` where NaN was rounded."""
+        if not len(x):
+            return out
+        engine, plan = self._engine(1 if self._separable else len(x))
+        stopped = engine.run(x, out, len(x) if self._separable else 1)
+        if stopped >= 0:
+            raise ValueError(
+                f"{plan.ran[stopped].names[-1]}: not a number (NaN) cannot be quantized; an operation before "
+                "divided by zero or overflowed"
+            )
+        return out
+
+    def time(self, x: Floats, repeats: int) -> list[float]:
+        """Least seconds of each step of the plan, one sample at a time."""
+        return self._engine(1)[0].time(x[:1], repeats)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that a run takes beside weights: values and scratch, of all threads."""
+        return self._engine(1)[0].memory()
+
+    def _engine(self, batch: int) -> tuple[_native.Engine, Plan]:
+        if batch not in self._engines:
+            plan = make_plan(self.program, self._weights, batch=batch, choose=self._choose)
+            sizes = specs(self.program, batch)
+            sample_in, sample_out = (4 * prod(sizes[name].shape) for name in ("input", self.program.output))
+            engine = _native.Engine(plan.arena, plan.constants, sample_in, sample_out, self.threads)
+            for make in plan.makers:
+                engine.add(make())
+            while len(self._engines) >= KEPT:
+                del self._engines[next(iter(self._engines))]
+            self._engines[batch] = engine, plan
+        return self._engines[batch]
