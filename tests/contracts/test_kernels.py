@@ -73,6 +73,12 @@ SHAPES = [
     Shape(12, 24, (5, 5), groups=3),
     Shape(20, 20, (5, 5), groups=4, dilation=(1, 2)),
     Shape(10, 20, (4, 4), groups=10),  # two outputs a channel
+    Shape(100, 100, (4, 70), groups=100),
+    Shape(160, 160, (6, 9), stride=(2, 2), groups=160),
+    Shape(20, 20, (9, 8), (7, 3), stride=(2, 1), padding=((3, 3), (1, 1)), dilation=(2, 1), groups=20),
+    Shape(96, 80, (3, 30), (3, 1), padding=((1, 1), (0, 0))),
+    Shape(2, 40, (7, 33), (4, 4)),
+    Shape(40, 48, (1, 3), (1, 1), padding=NONE),
     Shape(64, 130, (1, 1), (1, 1), padding=NONE),
     Shape(512, 10, (1, 1), (1, 1), padding=NONE),
     Shape(129, 257, (1, 5), (1, 1), padding=NONE),
