@@ -225,23 +225,31 @@ inline std::uint8_t bits_of_bytes(std::uint64_t bytes, int plane) {
   return static_cast<std::uint8_t>(ones * 0x0102040810204080u >> 56);
 }
 
+inline std::int32_t sum_of_bytes(std::uint64_t bytes) {
+  constexpr std::uint64_t kEven = 0x00FF00FF00FF00FFu;
+  const std::uint64_t pairs = (bytes & kEven) + (bytes >> kBitsOfByte & kEven);
+  return static_cast<std::int32_t>(pairs * 0x0001000100010001u >> 48);
+}
+
 // Planes of one row, channels [first, first + c) of its pixels, and the sums of their bytes.
 inline void fill_row(const Conv& conv, const BitPlanes& planes, const std::uint8_t* row, int first,
                      std::uint8_t* to, std::int32_t* sums) {
-  for (int x = 0; x < planes.width; ++x) {
-    const std::uint8_t* pixel = row + static_cast<std::ptrdiff_t>(x) * planes.x_step + first;
-    sums[x] = 0;
-    for (int c = 0; c < conv.c; c += kBitsOfByte) {
+  const std::ptrdiff_t x_step = planes.x_step, pixel_bytes = planes.pixel_bytes;
+  const std::ptrdiff_t plane_bytes = planes.plane_bytes;
+  const int width = planes.width, channels = conv.c, a_bits = planes.a_bits;
+  for (int x = 0; x < width; ++x, row += x_step, to += pixel_bytes) {
+    std::int32_t sum = 0;
+    for (int c = 0; c < channels; c += kBitsOfByte) {
       std::uint64_t bytes;
-      std::memcpy(&bytes, pixel + c, sizeof(bytes));  // may go beyond the pixel, never beyond kSlack
-      const int left = conv.c - c;
+      std::memcpy(&bytes, row + first + c, sizeof(bytes));  // may go beyond the pixel, never beyond kSlack
+      const int left = channels - c;
       if (left < kBitsOfByte) bytes &= (std::uint64_t{1} << left * kBitsOfByte) - 1;
-      std::uint8_t* byte = to + static_cast<std::ptrdiff_t>(x) * planes.pixel_bytes + c / kBitsOfByte;
-      for (int plane = 0; plane < planes.a_bits; ++plane) {
-        byte[plane * planes.plane_bytes] = bits_of_bytes(bytes, plane);
+      for (int plane = 0; plane < a_bits; ++plane) {
+        to[plane * plane_bytes + c / kBitsOfByte] = bits_of_bytes(bytes, plane);
       }
-      for (int k = 0; k < kBitsOfByte; ++k) sums[x] += static_cast<int>(bytes >> k * kBitsOfByte & 255);
+      sum += sum_of_bytes(bytes);
     }
+    sums[x] = sum;
   }
 }
 
