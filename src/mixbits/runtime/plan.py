@@ -19,7 +19,7 @@ import numpy as np
 from mixbits.core.check import specs
 from mixbits.core.grid import Codebook, Grid, grid_from_json
 from mixbits.core.infer import Spec
-from mixbits.core.instructions import BATCHED, CONSTANT, INSTRUCTIONS, MAYBE_CONSTANT
+from mixbits.core.instructions import BATCHED, CONSTANT, INSTRUCTIONS, MAX_SIZE, MAYBE_CONSTANT
 from mixbits.core.program import Instruction, Program
 from mixbits.pack.bits import native_available
 from mixbits.runtime.kernels import PIXEL_UNIT, Bytes, bytes_of, convolution, pixel_stride
@@ -466,6 +466,8 @@ class _Planner:
                 attrs[key] = None if value is None else self.program.constants[value]
             elif kind is BATCHED:
                 attrs[key] = [self.batch if size == "batch" else size for size in value]
+            elif isinstance(value, int) and abs(value) > MAX_SIZE:
+                attrs[key] = float(value)  # a number, not a size: it may be beyond 64 bits
             else:
                 attrs[key] = value
         return attrs
