@@ -17,6 +17,7 @@
 #include <tuple>
 #include <vector>
 
+#include "engine/bind_operations.h"
 #include "kernels/registry.h"
 #include "pack/bits.h"
 
@@ -240,4 +241,5 @@ NB_MODULE(_native, module) {
              "Estimated cycles of an image, and output rows of a call that suit the kernel.");
   module.def("isa_problem", &isa_problem, "Empty, or what is wrong with MIXBITS_ISA.");
   module.def("cpu_model", &mixbits::cpu_model, "The CPU's model name.");
+  mixbits::bind_operations(module);
 }

@@ -1,0 +1,47 @@
+// Every instruction but the integer layers (quantize, conv1d, conv2d, linear) as an operation on tensors,
+// made once from its attributes and then run any number of times, by any number of threads.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <functional>
+#include <map>
+#include <span>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "engine/tensor.h"
+
+namespace mixbits {
+
+// A stored constant.
+struct Constant {
+  std::vector<std::int64_t> shape;
+  std::vector<float> values;
+};
+
+// An attribute as core/instructions.py declares it: null, or of one of these kinds; names of constants are
+// replaced by what they stand for, "batch" in a shape by kBatch.
+using Attribute = std::variant<std::monostate, bool, std::int64_t, double, std::string,
+                               std::vector<std::int64_t>, std::vector<std::array<std::int64_t, 2>>, Constant>;
+using Attributes = std::map<std::string, Attribute>;
+inline constexpr std::int64_t kBatch = 0;
+
+struct Operation {
+  // Throws std::invalid_argument unless tensors of these shapes and types are what it computes: to be called
+  // once, before it runs on them.
+  std::function<void(std::span<const Tensor> inputs, const Tensor& output)> check;
+  // Scratch of each part, which is aligned as doubles are.
+  std::function<std::size_t(std::span<const Tensor> inputs)> scratch_bytes;
+  std::function<void(std::span<const Tensor> inputs, const Tensor& output, std::byte* scratch, Part part)>
+      run;
+};
+
+// Throws std::invalid_argument, in words that name the instruction and the attribute.
+Operation make_operation(const std::string& name, const Attributes& attributes);
+
+// The instructions that there are operations of.
+std::vector<std::string> operation_names();
+
+}  // namespace mixbits
