@@ -529,7 +529,7 @@ Operation softmax_of(Reader& reader, bool logarithm) {
             need_dim(dim, in[0]);
             need(in[0].shape[dim] > 0, "there is nothing to take the softmax of");
           },
-      .scratch_bytes = [dim](Inputs in) { return line_scratch(in[0].shape[dim]); },
+      .scratch_bytes = [=](Inputs in) { return line_scratch(in[0].shape[dim] * (logarithm ? 2 : 1)); },
       .run = [=](Inputs in, const Tensor& output, std::byte* scratch,
                  Part part) { softmax(in[0], output, dim, logarithm, scratch, part); },
   };

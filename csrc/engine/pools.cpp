@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
+#include <type_traits>
 
 #include "engine/loops.h"
+#include "engine/vector.h"
 
 namespace mixbits {
 namespace {
@@ -112,10 +114,14 @@ void for_window(const T* origin, const Map& map, const Range& ys, const Range& x
 }
 
 std::uint8_t larger(std::uint8_t a, std::uint8_t b) { return a > b ? a : b; }
-float larger(float a, float b) { return (a > b) | (a != a) ? a : b; }  // passes NaN on, as NumPy does
+float larger(float a, float b) {  // passes NaN on, as NumPy does
+  const float most = a > b ? a : b;
+  return a != a ? a : most;
+}
 
 template <class T>
-void max_of(T* most, const T* const* lines, int count, std::int64_t stride, int lanes) {
+void max_of(const VectorLoops& loops, T* most, const T* const* lines, int count, std::int64_t stride,
+            int lanes) {
   if (count == 1) {
     const T* a = lines[0];
     if (stride == 1) {
@@ -126,6 +132,9 @@ void max_of(T* most, const T* const* lines, int count, std::int64_t stride, int 
     return;
   }
   const T *a = lines[0], *b = lines[1], *c = lines[2];
+  if constexpr (std::is_same_v<T, std::uint8_t>) {
+    if (stride == 1) return loops.max_bytes(lanes, a, b, c, most);
+  }
   if (stride == 1) {
     for (int i = 0; i < lanes; ++i) most[i] = larger(larger(most[i], a[i]), larger(b[i], c[i]));
   } else {
@@ -137,6 +146,7 @@ void max_of(T* most, const T* const* lines, int count, std::int64_t stride, int 
 
 template <class T, class RangeOf>
 void max_windows(const Tensor& input, const Tensor& output, int dims, T lowest, Part part, RangeOf range) {
+  const VectorLoops& loops = vector_loops();
   const Map in = map_of(input, dims, lane_of(input, dims)), out = map_of(output, dims, lane_of(input, dims));
   for_pixels(input, output, dims, part,
              [&](std::int64_t from, std::int64_t to, int lanes, std::int64_t y, std::int64_t x) {
@@ -144,7 +154,7 @@ void max_windows(const Tensor& input, const Tensor& output, int dims, T lowest, 
                std::fill_n(most, lanes, lowest);
                for_window(static_cast<const T*>(input.data) + from, in, range(0, y), range(1, x),
                           [&](const T* const* lines, int count) {
-                            max_of(most, lines, count, in.lane_stride, lanes);
+                            max_of(loops, most, lines, count, in.lane_stride, lanes);
                           });
                T* target = static_cast<T*>(output.data) + to;
                if (out.lane_stride == 1) {

@@ -4,12 +4,12 @@
 #include <cmath>
 
 #include "engine/loops.h"
+#include "engine/vector.h"
 
 namespace mixbits {
 namespace {
 
-// A tile of the result: its sums stay in registers.
-constexpr std::int64_t kRows = 4, kColumns = 4;
+constexpr std::int64_t kRows = kPanelRows, kColumns = kPanelColumns;
 
 std::int64_t rounded_up(std::int64_t size, std::int64_t unit) { return (size + unit - 1) / unit * unit; }
 
@@ -35,22 +35,6 @@ void pack(const Tensor& tensor, std::int64_t at, std::int64_t row, std::int64_t 
         read(tensor, at + i * row + first * column, column, count, packed + i * width);
       }
     }
-  }
-}
-
-// out[r][j] = sum over i of a[i][r] * b[i][j], r < kRows: `a` is one panel of kRows columns, `b` panels of
-// kColumns; rows of `out` are `ld` apart and as long as the panels.
-void product(const double* a, const double* b, std::int64_t depth, std::int64_t columns, double* out,
-             std::int64_t ld) {
-  for (std::int64_t first = 0; first < columns; first += kColumns) {
-    double sums[kRows][kColumns] = {};
-    const double* left = a;
-    for (std::int64_t i = 0; i < depth; ++i, left += kRows, b += kColumns) {
-      for (int r = 0; r < kRows; ++r) {
-        for (int j = 0; j < kColumns; ++j) sums[r][j] += left[r] * b[j];
-      }
-    }
-    for (int r = 0; r < kRows; ++r) std::copy_n(sums[r], kColumns, out + r * ld + first);
   }
 }
 
@@ -103,15 +87,14 @@ void for_tiles(const Tensor* const (&tensors)[N], Part part, Matrix matrix, Rows
   });
 }
 
+// The first `seen` scores become shares that sum up to 1, the others 0.
 void softmax(double* scores, std::int64_t count, std::int64_t seen) {
   double most = scores[0], sum = 0;
   for (std::int64_t i = 1; i < seen; ++i) {
     most = (scores[i] > most) | (scores[i] != scores[i]) ? scores[i] : most;
   }
-  for (std::int64_t i = 0; i < seen; ++i) {
-    scores[i] = std::exp(scores[i] - most);
-    sum += scores[i];
-  }
+  vector_loops().exponentials(seen, most, scores);
+  for (std::int64_t i = 0; i < seen; ++i) sum += scores[i];
   for (std::int64_t i = 0; i < seen; ++i) scores[i] /= sum;
   std::fill(scores + seen, scores + count, 0.0);
 }
@@ -135,7 +118,7 @@ void matmul(const Tensor& a, const Tensor& b, const Tensor& output, std::byte* s
       },
       [&](const std::int64_t* at, std::int64_t first, std::int64_t count) {
         pack(a, at[0] + first * row_stride(a), column_stride(a), row_stride(a), depth, count, kRows, left);
-        product(left, right, depth, columns, sums, columns);
+        vector_loops().product(left, right, depth, columns, sums, columns);
         write_rows(sums, columns, count, output, at[2] + first * row_stride(output));
       });
 }
@@ -165,14 +148,14 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
       },
       [&](const std::int64_t* at, std::int64_t first, std::int64_t count) {
         pack(q, at[0] + first * row_stride(q), column_stride(q), row_stride(q), depth, count, kRows, queries);
-        product(queries, packed_keys, depth, padded, scores, padded);
+        vector_loops().product(queries, packed_keys, depth, padded, scores, padded);
         for (std::int64_t r = 0; r < kRows; ++r) {
           double* row = scores + r * padded;
           for (std::int64_t j = 0; j < keys; ++j) row[j] *= scale;
           softmax(row, keys, causal ? std::min(first + r + 1, keys) : keys);
           for (std::int64_t j = 0; j < keys; ++j) shares[j * kRows + r] = row[j];
         }
-        product(shares, packed_values, keys, columns, sums, columns);
+        vector_loops().product(shares, packed_values, keys, columns, sums, columns);
         write_rows(sums, columns, count, output, at[3] + first * row_stride(output));
       });
 }

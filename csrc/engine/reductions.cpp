@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "engine/loops.h"
+#include "engine/vector.h"
 
 namespace mixbits {
 namespace {
@@ -27,7 +28,10 @@ struct MaxOfFloats {
   using Element = float;
   using State = float;
   static State first() { return -std::numeric_limits<float>::infinity(); }
-  static State join(State a, State b) { return (a > b) | (a != a) ? a : b; }  // passes NaN on
+  static State join(State a, State b) {  // passes NaN on
+    const State most = a > b ? a : b;
+    return a != a ? a : most;
+  }
 };
 struct SumOfBytes {
   using Element = std::uint8_t;
@@ -233,14 +237,15 @@ void softmax(const Tensor& input, const Tensor& output, int dim, bool logarithm,
     float* out = static_cast<float*>(output.data) + target;
     const std::int64_t stride = output.strides[dim];
     if (logarithm) {
-      double sums[kPartials] = {};
-      for (std::int64_t i = 0; i < length; ++i) sums[i % kPartials] += std::exp(line[i] - most);
-      const double log_sum = std::log(sum_of(sums, kPartials));
+      double* powers = line + length;
+      std::copy_n(line, length, powers);
+      vector_loops().exponentials(length, most, powers);
+      const double log_sum = std::log(sum_of(powers, length));
       for (std::int64_t i = 0; i < length; ++i) {
         out[i * stride] = static_cast<float>(line[i] - most - log_sum);
       }
     } else {
-      for (std::int64_t i = 0; i < length; ++i) line[i] = std::exp(line[i] - most);
+      vector_loops().exponentials(length, most, line);
       const double sum = sum_of(line, length);
       for (std::int64_t i = 0; i < length; ++i) out[i * stride] = static_cast<float>(line[i] / sum);
     }

@@ -1,0 +1,33 @@
+// The loops that are worth wider registers than every CPU has: compiled once for each instruction set, from
+// one source (vector_loops.h), of which the widest that this CPU has is taken. All give the same bits: no
+// operation is fused or reordered.
+#pragma once
+
+#include <cstdint>
+
+namespace mixbits {
+
+// Columns of a packed panel, and rows of a tile, of `product`.
+inline constexpr int kPanelColumns = 8, kPanelRows = 4;
+
+struct VectorLoops {
+  // y[i] from x[i], float32 in and out, computed in double and rounded once. `y` may be `x`.
+  using Function = void (*)(std::int64_t count, const float* x, float* y);
+  Function exp, mish, sigmoid, silu, tanh, gelu_erf, gelu_tanh;
+
+  // x[i] becomes exp(x[i] - shift), within a few units in the last place of a double.
+  void (*exponentials)(std::int64_t count, double shift, double* x);
+
+  // out[r * ld + j] = sum over i, in order, of a[i][r] * b[i][j]: `a` is [depth][kPanelRows], `b` panels
+  // [columns / kPanelColumns][depth][kPanelColumns].
+  void (*product)(const double* a, const double* b, std::int64_t depth, std::int64_t columns, double* out,
+                  std::int64_t ld);
+
+  // most[i] = max(most[i], a[i], b[i], c[i])
+  void (*max_bytes)(std::int64_t count, const std::uint8_t* a, const std::uint8_t* b, const std::uint8_t* c,
+                    std::uint8_t* most);
+};
+
+const VectorLoops& vector_loops();
+
+}  // namespace mixbits
