@@ -276,7 +276,7 @@ Operation reshape_of(Reader& reader) {
   return of_one(
       [](const Tensor& input, const Tensor& output) {
         need(input.elements() == output.elements(),
-             words(shape_of(input)) + " does not fit the shape " + words(shape_of(output)));
+             "output is " + words(shape_of(output)) + ", which " + words(shape_of(input)) + " does not fit");
         return shape_of(output);
       },
       need_movable,
@@ -332,7 +332,8 @@ Operation expand_of(Reader& reader) {
   return of_view(
       [sizes](const Tensor& input, const Tensor& output) {
         const auto rank = static_cast<std::size_t>(output.rank);
-        need(rank == sizes.size() && input.rank <= output.rank, "its shape has another rank");
+        need(rank == sizes.size() && input.rank <= output.rank,
+             "output is of another rank than its shape says");
         Shape shape = broadcast({shape_of(input), Shape(rank, 1)});
         for (std::size_t dim = 0; dim < rank; ++dim) {
           const std::int64_t size = sizes[dim] == kBatch ? output.shape[dim] : sizes[dim];
@@ -529,7 +530,7 @@ Operation softmax_of(Reader& reader, bool logarithm) {
             need_dim(dim, in[0]);
             need(in[0].shape[dim] > 0, "there is nothing to take the softmax of");
           },
-      .scratch_bytes = [=](Inputs in) { return line_scratch(in[0].shape[dim] * (logarithm ? 2 : 1)); },
+      .scratch_bytes = [dim](Inputs in) { return line_scratch(in[0].shape[dim]); },
       .run = [=](Inputs in, const Tensor& output, std::byte* scratch,
                  Part part) { softmax(in[0], output, dim, logarithm, scratch, part); },
   };

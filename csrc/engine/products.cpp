@@ -1,7 +1,7 @@
 #include "engine/products.h"
 
 #include <algorithm>
-#include <cmath>
+#include <cstdlib>
 
 #include "engine/loops.h"
 #include "engine/vector.h"
@@ -87,18 +87,6 @@ void for_tiles(const Tensor* const (&tensors)[N], Part part, Matrix matrix, Rows
   });
 }
 
-// The first `seen` scores become shares that sum up to 1, the others 0.
-void softmax(double* scores, std::int64_t count, std::int64_t seen) {
-  double most = scores[0], sum = 0;
-  for (std::int64_t i = 1; i < seen; ++i) {
-    most = (scores[i] > most) | (scores[i] != scores[i]) ? scores[i] : most;
-  }
-  vector_loops().exponentials(seen, most, scores);
-  for (std::int64_t i = 0; i < seen; ++i) sum += scores[i];
-  for (std::int64_t i = 0; i < seen; ++i) scores[i] /= sum;
-  std::fill(scores + seen, scores + count, 0.0);
-}
-
 }  // namespace
 
 std::size_t matmul_scratch(const Tensor& a, const Tensor& b) {
@@ -108,6 +96,7 @@ std::size_t matmul_scratch(const Tensor& a, const Tensor& b) {
 
 void matmul(const Tensor& a, const Tensor& b, const Tensor& output, std::byte* scratch, Part part) {
   const std::int64_t depth = columns_of(a), columns = rounded_up(columns_of(b), kColumns);
+  const VectorLoops& loops = vector_loops();
   auto* right = reinterpret_cast<double*>(scratch);  // all of b
   double* left = right + depth * columns;            // rows of a
   double* sums = left + kRows * depth;
@@ -118,7 +107,7 @@ void matmul(const Tensor& a, const Tensor& b, const Tensor& output, std::byte* s
       },
       [&](const std::int64_t* at, std::int64_t first, std::int64_t count) {
         pack(a, at[0] + first * row_stride(a), column_stride(a), row_stride(a), depth, count, kRows, left);
-        vector_loops().product(left, right, depth, columns, sums, columns);
+        loops.product(left, right, depth, columns, sums, columns);
         write_rows(sums, columns, count, output, at[2] + first * row_stride(output));
       });
 }
@@ -134,6 +123,7 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
                bool causal, std::byte* scratch, Part part) {
   const std::int64_t depth = columns_of(q), keys = rows_of(k), padded = rounded_up(keys, kColumns),
                      columns = rounded_up(columns_of(v), kColumns);
+  const VectorLoops& loops = vector_loops();
   auto* packed_keys = reinterpret_cast<double*>(scratch);
   double* packed_values = packed_keys + depth * padded;
   double* queries = packed_values + keys * columns;
@@ -148,14 +138,16 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
       },
       [&](const std::int64_t* at, std::int64_t first, std::int64_t count) {
         pack(q, at[0] + first * row_stride(q), column_stride(q), row_stride(q), depth, count, kRows, queries);
-        vector_loops().product(queries, packed_keys, depth, padded, scores, padded);
+        loops.product(queries, packed_keys, depth, padded, scores, padded);
         for (std::int64_t r = 0; r < kRows; ++r) {
           double* row = scores + r * padded;
           for (std::int64_t j = 0; j < keys; ++j) row[j] *= scale;
-          softmax(row, keys, causal ? std::min(first + r + 1, keys) : keys);
+          const std::int64_t seen = causal ? std::min(first + r + 1, keys) : keys;
+          loops.softmax(seen, row);
+          std::fill(row + seen, row + keys, 0.0);
           for (std::int64_t j = 0; j < keys; ++j) shares[j * kRows + r] = row[j];
         }
-        vector_loops().product(shares, packed_values, keys, columns, sums, columns);
+        loops.product(shares, packed_values, keys, columns, sums, columns);
         write_rows(sums, columns, count, output, at[3] + first * row_stride(output));
       });
 }

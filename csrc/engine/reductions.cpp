@@ -228,26 +228,17 @@ void softmax(const Tensor& input, const Tensor& output, int dim, bool logarithm,
   confine(loops, part);
   const std::int64_t length = input.shape[dim];
   auto* line = reinterpret_cast<double*>(scratch);
+  const VectorLoops& wide = vector_loops();
   const auto one = [&](std::int64_t at, std::int64_t target) {
     read(input, at, input.strides[dim], length, line);
-    double most = line[0];
-    for (std::int64_t i = 1; i < length; ++i) {
-      most = (line[i] > most) | (line[i] != line[i]) ? line[i] : most;
-    }
     float* out = static_cast<float*>(output.data) + target;
     const std::int64_t stride = output.strides[dim];
     if (logarithm) {
-      double* powers = line + length;
-      std::copy_n(line, length, powers);
-      vector_loops().exponentials(length, most, powers);
-      const double log_sum = std::log(sum_of(powers, length));
-      for (std::int64_t i = 0; i < length; ++i) {
-        out[i * stride] = static_cast<float>(line[i] - most - log_sum);
-      }
+      const double log_sum = std::log(wide.softmax_sum(length, line));
+      for (std::int64_t i = 0; i < length; ++i) out[i * stride] = static_cast<float>(line[i] - log_sum);
     } else {
-      vector_loops().exponentials(length, most, line);
-      const double sum = sum_of(line, length);
-      for (std::int64_t i = 0; i < length; ++i) out[i * stride] = static_cast<float>(line[i] / sum);
+      wide.softmax(length, line);
+      for (std::int64_t i = 0; i < length; ++i) out[i * stride] = static_cast<float>(line[i]);
     }
   };
   const int last = loops.rank - 1;

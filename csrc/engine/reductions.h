@@ -17,8 +17,7 @@ enum class Reduction : std::uint8_t { mean, sum, max };
 // Over the dimensions whose bits are set in `dims`, which are of size one in the output. Output of floats.
 void reduce(Reduction reduction, const Tensor& input, const Tensor& output, unsigned dims, Part part);
 
-// Along one dimension, which is not empty. `scratch`: line_scratch bytes of the dimension's size, twice that
-// for the logarithm.
+// Along one dimension, which is not empty. `scratch`: line_scratch bytes of the dimension's size.
 void softmax(const Tensor& input, const Tensor& output, int dim, bool logarithm, std::byte* scratch,
              Part part);
 

@@ -15,8 +15,11 @@ struct VectorLoops {
   using Function = void (*)(std::int64_t count, const float* x, float* y);
   Function exp, mish, sigmoid, silu, tanh, gelu_erf, gelu_tanh;
 
-  // x[i] becomes exp(x[i] - shift), within a few units in the last place of a double.
-  void (*exponentials)(std::int64_t count, double shift, double* x);
+  // Of a line of `count` > 0 doubles: x[i] becomes exp(x[i] - m) over the sum of all of them, with m the
+  // largest x[i].
+  void (*softmax)(std::int64_t count, double* x);
+  // That sum; x[i] becomes x[i] - m.
+  double (*softmax_sum)(std::int64_t count, double* x);
 
   // out[r * ld + j] = sum over i, in order, of a[i][r] * b[i][j]: `a` is [depth][kPanelRows], `b` panels
   // [columns / kPanelColumns][depth][kPanelColumns].

@@ -116,8 +116,55 @@ void of_floats(std::int64_t count, const float* x, float* y) {
   for (std::int64_t i = 0; i < count; ++i) y[i] = static_cast<float>(function(x[i]));
 }
 
-void exponentials(std::int64_t count, double shift, double* x) {
-  for (std::int64_t i = 0; i < count; ++i) x[i] = exp_of(x[i] - shift);
+// Partial results of a line: enough to fill registers and keep their units busy.
+constexpr int kPartials = 8;
+
+inline double larger(double x, double y) {  // passes NaN on
+  const double most = x > y ? x : y;
+  return x != x ? x : most;
+}
+
+// Subtracts the largest.
+void shift(std::int64_t count, double* x) {
+  double partial[kPartials];
+  for (double& most : partial) most = x[0];
+  std::int64_t i = 0;
+  for (; i + kPartials <= count; i += kPartials) {
+    for (int k = 0; k < kPartials; ++k) partial[k] = larger(partial[k], x[i + k]);
+  }
+  for (; i < count; ++i) partial[0] = larger(partial[0], x[i]);
+  double most = partial[0];
+  for (const double other : partial) most = larger(most, other);
+  for (i = 0; i < count; ++i) x[i] -= most;
+}
+
+double total(const double (&partial)[kPartials]) {
+  return ((partial[0] + partial[4]) + (partial[2] + partial[6])) +
+         ((partial[1] + partial[5]) + (partial[3] + partial[7]));
+}
+
+double softmax_sum(std::int64_t count, double* x) {
+  shift(count, x);
+  double partial[kPartials] = {};
+  std::int64_t i = 0;
+  for (; i + kPartials <= count; i += kPartials) {
+    for (int k = 0; k < kPartials; ++k) partial[k] += exp_of(x[i + k]);
+  }
+  for (; i < count; ++i) partial[0] += exp_of(x[i]);
+  return total(partial);
+}
+
+void softmax(std::int64_t count, double* x) {
+  shift(count, x);
+  for (std::int64_t i = 0; i < count; ++i) x[i] = exp_of(x[i]);
+  double partial[kPartials] = {};
+  std::int64_t i = 0;
+  for (; i + kPartials <= count; i += kPartials) {
+    for (int k = 0; k < kPartials; ++k) partial[k] += x[i + k];
+  }
+  for (; i < count; ++i) partial[0] += x[i];
+  const double sum = total(partial);
+  for (i = 0; i < count; ++i) x[i] /= sum;
 }
 
 void product(const double* a, const double* b, std::int64_t depth, std::int64_t columns, double* out,
@@ -154,7 +201,8 @@ constexpr VectorLoops kLoops = {
     .tanh = of_floats<tanh_of>,
     .gelu_erf = of_floats<gelu_erf_of>,
     .gelu_tanh = of_floats<gelu_tanh_of>,
-    .exponentials = exponentials,
+    .softmax = softmax,
+    .softmax_sum = softmax_sum,
     .product = product,
     .max_bytes = max_bytes,
 };
