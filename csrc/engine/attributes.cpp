@@ -51,6 +51,12 @@ double Reader::number(const char* key) {
   return *number;
 }
 
+double Reader::positive(const char* key) {
+  const double value = number(key);
+  need(key, value > 0, "it is not above 0");
+  return value;
+}
+
 std::optional<double> Reader::maybe_number(const char* key) {
   const Attribute value = take(key);
   if (std::holds_alternative<std::monostate>(value)) return std::nullopt;

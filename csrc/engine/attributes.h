@@ -44,6 +44,7 @@ class Reader {
   bool flag(const char* key);
   std::string choice(const char* key);
   double number(const char* key);
+  double positive(const char* key);
   std::optional<double> maybe_number(const char* key);
   std::int64_t integer(const char* key, std::int64_t low, std::int64_t high = kMaxSize);
   std::optional<std::int64_t> maybe_integer(const char* key, std::int64_t low);

@@ -92,7 +92,7 @@ Operation elu_of(Reader& reader) {
 }
 
 Operation softplus_of(Reader& reader) {
-  const double beta = reader.number("beta");
+  const double beta = reader.positive("beta");
   return pointwise(softplus(beta, reader.number("threshold")), 1);
 }
 

@@ -77,7 +77,7 @@ struct Affine {
 
 Operation layer_norm_of(Reader& reader) {
   const auto dims = static_cast<int>(reader.integer("dims", 1));
-  const double eps = reader.number("eps");
+  const double eps = reader.positive("eps");
   const auto normalized = [dims](const Tensor& input) {
     return Shape(input.shape + input.rank - dims, input.shape + input.rank);
   };
@@ -108,7 +108,7 @@ Operation layer_norm_of(Reader& reader) {
 
 Operation group_norm_of(Reader& reader) {
   const std::int64_t groups = reader.integer("groups", 1);
-  const double eps = reader.number("eps");
+  const double eps = reader.positive("eps");
   const Affine affine(reader);
   return {
       .check =

@@ -26,9 +26,9 @@ struct VectorLoops {
   void (*product)(const double* a, const double* b, std::int64_t depth, std::int64_t columns, double* out,
                   std::int64_t ld);
 
-  // most[i] = max(most[i], a[i], b[i], c[i])
-  void (*max_bytes)(std::int64_t count, const std::uint8_t* a, const std::uint8_t* b, const std::uint8_t* c,
-                    std::uint8_t* most);
+  // most[i] = max(most[i], lines[0][i], ..., lines[count - 1][i]); NaN goes on.
+  void (*max_bytes)(const std::uint8_t* const* lines, int count, std::int64_t lanes, std::uint8_t* most);
+  void (*max_floats)(const float* const* lines, int count, std::int64_t lanes, float* most);
 };
 
 const VectorLoops& vector_loops();

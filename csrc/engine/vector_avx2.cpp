@@ -1,5 +1,5 @@
 namespace {
-constexpr int kWidth = 8;
+constexpr int kRegister = 32;
 }
 #include "engine/vector_loops.h"
 

@@ -1,11 +1,13 @@
 // The source of engine/vector.h's loops, plain C++ that compilers vectorize. It is included by one file for
 // each instruction set, so all of it is in an anonymous namespace and calls nothing (kernels/kernel.h says
-// why). kWidth, defined before the inclusion, is the number of doubles of a register, or two.
+// why). kRegister, defined before the inclusion, is the size of its registers in bytes.
 
 #include "engine/vector.h"
 
 namespace mixbits {
 namespace {
+
+constexpr int kColumns = kRegister / 4;  // of a tile of `product`: two registers of doubles a row
 
 // e**x is 2**n e**r with n the integer nearest to x / ln 2 and |r| <= ln 2 / 2, where the Taylor series to
 // r**13 is exact to 2**-57.
@@ -170,27 +172,50 @@ void softmax(std::int64_t count, double* x) {
 void product(const double* a, const double* b, std::int64_t depth, std::int64_t columns, double* out,
              std::int64_t ld) {
   for (std::int64_t first = 0; first < columns; first += kPanelColumns, b += depth * kPanelColumns) {
-    for (int part = 0; part < kPanelColumns; part += kWidth) {  // as many columns as registers hold
-      double sums[kPanelRows][kWidth] = {};
+    for (int part = 0; part < kPanelColumns; part += kColumns) {  // as many columns as registers hold
+      double sums[kPanelRows][kColumns] = {};
       for (std::int64_t i = 0; i < depth; ++i) {
         for (int r = 0; r < kPanelRows; ++r) {
-          for (int j = 0; j < kWidth; ++j) {
+          for (int j = 0; j < kColumns; ++j) {
             sums[r][j] += a[i * kPanelRows + r] * b[i * kPanelColumns + part + j];
           }
         }
       }
       for (int r = 0; r < kPanelRows; ++r) {
-        for (int j = 0; j < kWidth; ++j) out[r * ld + first + part + j] = sums[r][j];
+        for (int j = 0; j < kColumns; ++j) out[r * ld + first + part + j] = sums[r][j];
       }
     }
   }
 }
 
-inline std::uint8_t larger(std::uint8_t x, std::uint8_t y) { return x > y ? x : y; }
+// Registers, by an extension that GCC and Clang share.
+typedef std::uint8_t Bytes __attribute__((vector_size(kRegister)));
+typedef float Floats __attribute__((vector_size(kRegister)));
 
-void max_bytes(std::int64_t count, const std::uint8_t* a, const std::uint8_t* b, const std::uint8_t* c,
-               std::uint8_t* most) {
-  for (std::int64_t i = 0; i < count; ++i) most[i] = larger(larger(most[i], a[i]), larger(b[i], c[i]));
+// Of vectors and of single elements; NaN goes on.
+template <class V>
+inline void keep_larger(V& most, const V& x) {
+  const V larger = most > x ? most : x;
+  most = most != most ? most : larger;
+}
+inline void keep_larger(Bytes& most, const Bytes& x) { most = most > x ? most : x; }
+
+template <class V, class T>
+void max_lines(const T* const* lines, int count, std::int64_t lanes, T* most) {
+  constexpr int kBlock = sizeof(V) / sizeof(T);
+  std::int64_t i = 0;
+  for (; i + kBlock <= lanes; i += kBlock) {
+    V block, line;
+    __builtin_memcpy(&block, most + i, sizeof block);
+    for (int k = 0; k < count; ++k) {
+      __builtin_memcpy(&line, lines[k] + i, sizeof line);
+      keep_larger(block, line);
+    }
+    __builtin_memcpy(most + i, &block, sizeof block);
+  }
+  for (; i < lanes; ++i) {
+    for (int k = 0; k < count; ++k) keep_larger(most[i], lines[k][i]);
+  }
 }
 
 constexpr VectorLoops kLoops = {
@@ -204,7 +229,8 @@ constexpr VectorLoops kLoops = {
     .softmax = softmax,
     .softmax_sum = softmax_sum,
     .product = product,
-    .max_bytes = max_bytes,
+    .max_bytes = max_lines<Bytes>,
+    .max_floats = max_lines<Floats>,
 };
 
 }  // namespace

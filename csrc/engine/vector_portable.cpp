@@ -1,5 +1,5 @@
 namespace {
-constexpr int kWidth = 4;
+constexpr int kRegister = 16;
 }
 #include "engine/vector_loops.h"
 #include "kernels/isa.h"
