@@ -7,9 +7,7 @@ import pytest
 
 from mixbits.core.instructions import INSTRUCTIONS
 from mixbits.runtime import Executor
-from programs import LIMIT, SAMPLE, random_program
-
-SEEDS = 12
+from programs import LIMIT, SAMPLE, SEEDS, random_program
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
