@@ -211,6 +211,7 @@ void run(const Conv& conv, const Job& job) {
   index_map(conv, plan, map, input, job.scratch);
   const auto* constants = reinterpret_cast<const std::int32_t*>(job.weights + plan.tables() * kPanel);
   const std::uint8_t* weights = job.weights + head_bytes(conv, plan);
+  const int side = conv.dilation_x == 1 ? conv.kw : 1;  // columns whose indices lie side by side
   const int window = conv.taps() * plan.groups;
   for (int o = job.o0; o < job.o1; o += 2 * kPanel) {
     const int outputs = least(job.o1 - o, 2 * kPanel);
@@ -218,11 +219,11 @@ void run(const Conv& conv, const Job& job) {
       const Pass pass = {.tables = job.weights,
                          .weights = weights + o / kPanel * panel_bytes(conv, plan),
                          .panel_bytes = panel_bytes(conv, plan),
-                         .groups = plan.groups,
+                         .groups = plan.groups * side,
                          .run = plan.byte_run(),
                          .first = first,
                          .last = least(window, first + plan.short_run()),
-                         .kw = conv.kw,
+                         .kw = conv.kw / side,
                          .row_bytes = conv.dilation_y * map.row_bytes,
                          .column_bytes = conv.dilation_x * map.pixel_bytes,
                          .start = first == 0 ? constants + o : nullptr,
