@@ -31,14 +31,15 @@ struct Position {
   }
 };
 
+template <int kSize>
 struct Positions {
-  Position at[16];  // row by row
+  Position at[kSize * kSize];  // row by row
 
   template <int kTaps>
-  explicit constexpr Positions(const int (&matrix)[4][kTaps]) : at{} {
-    for (int i = 0; i < 16; ++i) {
-      for (const int row : matrix[i / 4]) {
-        for (const int column : matrix[i % 4]) {
+  explicit constexpr Positions(const int (&matrix)[kSize][kTaps]) : at{} {
+    for (int i = 0; i < kSize * kSize; ++i) {
+      for (const int row : matrix[i / kSize]) {
+        for (const int column : matrix[i % kSize]) {
           const int by = row * column;
           (by > 0 ? at[i].plus : at[i].minus) += by > 0 ? by : -by;
         }
@@ -47,21 +48,24 @@ struct Positions {
   }
 };
 
-constexpr Positions kU(kG), kV(kB);
+constexpr Positions<4> kU(kG), kV(kB);
 
 constexpr int tiles_x(const Conv& conv) { return (conv.out_w + 1) / 2; }
 constexpr int tiles_y(const Conv& conv) { return (conv.out_h + 1) / 2; }
 
 // Whether U fits a signed byte.
-constexpr bool weights_fit(Range values) {
-  for (const Position& position : kU.at) {
+template <int kSize>
+constexpr bool weights_fit(const Positions<kSize>& positions, Range values) {
+  for (const Position& position : positions.at) {
     const Range u = position(values);
     if (u.low < -128 || u.high > 127) return false;
   }
   return true;
 }
 
-static_assert(weights_fit({-14, 14}) && !weights_fit({-15, 14}) && !weights_fit({-14, 15}));
+static_assert(weights_fit(kU, {-14, 14}) && !weights_fit(kU, {-15, 14}) && !weights_fit(kU, {-14, 15}));
+
+constexpr const char* kWeightsTooWide = "transformed weights need more than 8 bits: levels may span 28 steps";
 
 // Weights as the transform gets them: level = step * q + middle.
 struct Form {
@@ -71,8 +75,9 @@ struct Form {
 
 // Levels as they are where they fit, else counted in steps from the middle one: then `middle` times the
 // window's sum of bytes is added to every output.
-constexpr Form form_of(const Conv& conv) {
-  if (weights_fit({conv.w_min, conv.w_max})) return {1, 0, {conv.w_min, conv.w_max}};
+template <int kSize>
+constexpr Form form_of(const Conv& conv, const Positions<kSize>& positions) {
+  if (weights_fit(positions, {conv.w_min, conv.w_max})) return {1, 0, {conv.w_min, conv.w_max}};
   const int step = conv.w_step == 2 ? 2 : 1;
   const int below = ((conv.w_max - conv.w_min) / step + 1) / 2;
   const int middle = conv.w_min + step * below;
@@ -84,20 +89,18 @@ constexpr int largest(int a, int b) {
 }
 
 // The outputs' factor of 4, less what the steps of weights and inputs take of it; -1 if that is not a shift.
-constexpr int shift_of(const Conv& conv) {
-  const int factor = form_of(conv).step * conv.a_scale;
+constexpr int shift_of(const Conv& conv, const Form& form) {
+  const int factor = form.step * conv.a_scale;
   return factor == 1 ? 2 : factor == 2 ? 1 : factor == 4 ? 0 : -1;
 }
 
 // Why a convolution cannot be done so, but for the range of its inputs; or null.
-const char* refuses_winograd(const Conv& conv) {
+const char* refuses_winograd(const Conv& conv, const Form& form) {
   if (conv.kh != 3 || conv.kw != 3) return "the window is not 3x3";
   if (conv.stride_y != 1 || conv.stride_x != 1) return "the stride is not 1";
   if (conv.dilation_y != 1 || conv.dilation_x != 1) return "the window is dilated";
   if (conv.groups != 1) return "it is grouped";
-  const Form form = form_of(conv);
-  if (!weights_fit(form.q)) return "transformed weights need more than 8 bits: levels may span 28 steps";
-  const int shift = shift_of(conv);
+  const int shift = shift_of(conv, form);
   if (shift < 0) return "input levels are further apart than 2";
   // Sums wrap, so only what is shifted at the end has to fit 32 bits: the products and the constant.
   const double products = 1.0 * conv.a_scale * form.step * largest(form.q.low, form.q.high) * conv.a_max;
@@ -113,21 +116,22 @@ int rows_of_tiles(const Conv& conv, int block) {
   return 2 * ((tiles_y(conv) + jobs - 1) / jobs);
 }
 
-// U at row y and column x; `taps` are int16 [3][3].
-int transform_weights(const std::int16_t* taps, const Form& form, int y, int x) {
+// U at a position, from its rows of G; `taps` are int16 [3][3].
+int transform_weights(const std::int16_t* taps, const Form& form, const int (&row)[3],
+                      const int (&column)[3]) {
   int u = 0;
   for (int i = 0; i < 3; ++i) {
-    for (int j = 0; j < 3; ++j) u += kG[y][i] * kG[x][j] * ((taps[3 * i + j] - form.middle) / form.step);
+    for (int j = 0; j < 3; ++j) u += row[i] * column[j] * ((taps[3 * i + j] - form.middle) / form.step);
   }
   return u;
 }
 
 // What the offset of the input's levels adds to an output, before the shift. Added to the product at row 1
 // and column 1, which alone goes into all four outputs with factor 1, it is there. levels: int16 [c][3][3]
-std::int32_t constant_of(const Conv& conv, const std::int16_t* levels) {
+std::int32_t constant_of(const Conv& conv, const Form& form, const std::int16_t* levels) {
   std::int32_t sum = 0;
   for (int i = 0; i < 9 * conv.c; ++i) sum += levels[i];
-  return conv.a_offset * sum * (1 << shift_of(conv));
+  return conv.a_offset * sum * (1 << shift_of(conv, form));
 }
 
 // Where a tile's 4x4 inputs are and its outputs go. An odd size's last tile has no fourth row or column of

@@ -32,8 +32,9 @@ constexpr int run_of(const Conv& conv, const Form& form, int position) {
 }
 
 const char* refuses(const Conv& conv) {
-  if (const char* why = refuses_winograd(conv)) return why;
-  const Form form = form_of(conv);
+  const Form form = form_of(conv, kU);
+  if (!weights_fit(kU, form.q)) return kWeightsTooWide;
+  if (const char* why = refuses_winograd(conv, form)) return why;
   for (int i = 0; i < 16; ++i) {
     const Range v = kV.at[i]({0, conv.a_max});
     if (v.high - v.low > 255) return "transformed inputs need more than 8 bits: at most 6 bits of inputs fit";
@@ -53,7 +54,7 @@ std::size_t weight_bytes(const Conv& conv) { return 16 * panels(conv) * position
 
 // Measured on Zen 4.
 double cycles(const Conv& conv) {
-  const Form form = form_of(conv);
+  const Form form = form_of(conv, kU);
   double products = 0;
   for (int i = 0; i < 16; ++i) {
     const int run = run_of(conv, form, i);
@@ -64,14 +65,15 @@ double cycles(const Conv& conv) {
 }
 
 void pack(const Conv& conv, const std::int16_t* levels, std::uint8_t* packed) {
-  const Form form = form_of(conv);
+  const Form form = form_of(conv, kU);
   for (int o = 0; o < conv.o; ++o, levels += 9 * static_cast<std::ptrdiff_t>(conv.c)) {
-    const std::int32_t constant = constant_of(conv, levels);
+    const std::int32_t constant = constant_of(conv, form, levels);
     std::uint8_t* position = packed + o / kPanel * 16 * position_bytes(conv) + o % kPanel * 4;
     for (int i = 0; i < 16; ++i, position += position_bytes(conv)) {
       std::int32_t sum = 0;
       for (int c = 0; c < conv.c; ++c) {
-        const int u = transform_weights(levels + 9 * static_cast<std::ptrdiff_t>(c), form, i / 4, i % 4);
+        const int u =
+            transform_weights(levels + 9 * static_cast<std::ptrdiff_t>(c), form, kG[i / 4], kG[i % 4]);
         position[static_cast<std::size_t>(1 + c / 4) * kWeights + c % 4] = static_cast<std::uint8_t>(u);
         sum += u;
       }
@@ -260,8 +262,8 @@ void block(const Conv conv, const Job job, const int (&runs)[16], __m128i shift,
 }
 
 void run(const Conv& conv, const Job& job) {
-  const Form form = form_of(conv);
-  const __m128i shift = _mm_cvtsi32_si128(shift_of(conv));
+  const Form form = form_of(conv, kU);
+  const __m128i shift = _mm_cvtsi32_si128(shift_of(conv, form));
   int runs[16];
   for (int i = 0; i < 16; ++i) runs[i] = run_of(conv, form, i);
   auto* m = reinterpret_cast<std::int32_t*>(job.scratch + 16 * v_stride(conv));

@@ -42,7 +42,8 @@ static_assert(inputs_fit(63) && !inputs_fit(64));
 const char* refuses(const Conv& conv) {
   if (!inputs_fit(conv.a_max))
     return "transformed inputs need more than 8 bits: at most 6 bits of inputs fit";
-  return refuses_winograd(conv);
+  const Form form = form_of(conv, kU);
+  return weights_fit(kU, form.q) ? refuses_winograd(conv, form) : kWeightsTooWide;
 }
 
 constexpr int steps(const Conv& conv) { return (conv.c + 3) / 4; }
@@ -59,20 +60,20 @@ double cycles(const Conv& conv) {
   const double tiles = round_up(tiles_x(conv) * tiles_y(conv), kStep);
   const double dots = 16.0 * panels(conv) * steps(conv);
   const double transforms = 15 + 30 * panels(conv) + 5 * steps(conv);
-  const double sums = form_of(conv).middle != 0 ? 32 + 0.8 * conv.c : 0;
+  const double sums = form_of(conv, kU).middle != 0 ? 32 + 0.8 * conv.c : 0;
   return tiles * (dots + transforms + sums) + tiles / 28 * static_cast<double>(weight_bytes(conv)) / 128;
 }
 
 void pack(const Conv& conv, const std::int16_t* levels, std::uint8_t* packed) {
-  const Form form = form_of(conv);
+  const Form form = form_of(conv, kU);
   for (int o = 0; o < conv.o; ++o, levels += 9 * static_cast<std::ptrdiff_t>(conv.c)) {
-    const int constant = constant_of(conv, levels);
+    const int constant = constant_of(conv, form, levels);
     for (int y = 0; y < 4; ++y) {
       std::uint8_t* row = packed + (o / kLanes * 4 + y) * row_bytes(conv) + o % kLanes * 4;
       for (int x = 0; x < 4; ++x) {
         int sum = 0;
         for (int c = 0; c < conv.c; ++c) {
-          const int u = transform_weights(levels + 9 * static_cast<std::ptrdiff_t>(c), form, y, x);
+          const int u = transform_weights(levels + 9 * static_cast<std::ptrdiff_t>(c), form, kG[y], kG[x]);
           row[static_cast<std::size_t>(1 + c / 4) * kRow + x * kVector + c % 4] =
               static_cast<std::uint8_t>(u);
           sum += u;
@@ -259,8 +260,8 @@ void block(const Conv conv, const Job job, __m128i shift, const Tile* tiles, int
 }
 
 void run(const Conv& conv, const Job& job) {
-  const Form form = form_of(conv);
-  const __m128i shift = _mm_cvtsi32_si128(shift_of(conv));
+  const Form form = form_of(conv, kU);
+  const __m128i shift = _mm_cvtsi32_si128(shift_of(conv, form));
   std::uint8_t* v = job.scratch;
   auto* m = reinterpret_cast<std::int32_t*>(v + v_bytes(conv));
   std::int32_t* sums = nullptr;
