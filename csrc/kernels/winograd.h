@@ -50,9 +50,6 @@ struct Positions {
 
 constexpr Positions<4> kU(kG), kV(kB);
 
-constexpr int tiles_x(const Conv& conv) { return (conv.out_w + 1) / 2; }
-constexpr int tiles_y(const Conv& conv) { return (conv.out_h + 1) / 2; }
-
 // Whether U fits a signed byte.
 template <int kSize>
 constexpr bool weights_fit(const Positions<kSize>& positions, Range values) {
@@ -65,6 +62,7 @@ constexpr bool weights_fit(const Positions<kSize>& positions, Range values) {
 
 static_assert(weights_fit(kU, {-14, 14}) && !weights_fit(kU, {-15, 14}) && !weights_fit(kU, {-14, 15}));
 
+// Of F(2x2, 3x3).
 constexpr const char* kWeightsTooWide = "transformed weights need more than 8 bits: levels may span 28 steps";
 
 // Weights as the transform gets them: level = step * q + middle.
@@ -109,11 +107,12 @@ const char* refuses_winograd(const Conv& conv, const Form& form) {
   return nullptr;
 }
 
-// Rows of a job whose tiles are about `block`, the same in all jobs.
-int rows_of_tiles(const Conv& conv, int block) {
-  const int fit = tiles_x(conv) < block ? block / tiles_x(conv) : 1;
-  const int jobs = (tiles_y(conv) + fit - 1) / fit;
-  return 2 * ((tiles_y(conv) + jobs - 1) / jobs);
+// Output rows of a job of about `block` tiles of `size` x `size` outputs, the same in all jobs.
+int rows_of_tiles(const Conv& conv, int size, int block) {
+  const int across = (conv.out_w + size - 1) / size, down = (conv.out_h + size - 1) / size;
+  const int fit = across < block ? block / across : 1;
+  const int jobs = (down + fit - 1) / fit;
+  return size * ((down + jobs - 1) / jobs);
 }
 
 // U at a position, from its rows of G; `taps` are int16 [3][3].
@@ -134,24 +133,39 @@ std::int32_t constant_of(const Conv& conv, const Form& form, const std::int16_t*
   return conv.a_offset * sum * (1 << shift_of(conv, form));
 }
 
-// Where a tile's 4x4 inputs are and its outputs go. An odd size's last tile has no fourth row or column of
-// inputs: it reads the third twice, and what comes of it is dropped.
+// Where the inputs of a tile of kSize x kSize outputs are, and where its outputs go. A last tile of fewer
+// outputs reads its last input row or column again in place of those that the map does not have, and what
+// comes of it is dropped.
+template <int kSize>
 struct Tile {
   const std::uint8_t* input;
-  std::ptrdiff_t row3, column3;
-  std::ptrdiff_t pixel;  // of its first output, from the job's first
-  bool two_rows, two_columns;
+  std::ptrdiff_t rows_at[kSize + 2], columns_at[kSize + 2];  // bytes from the first
+  std::ptrdiff_t pixel;                                      // of its first output, from the job's first
+  int rows, columns;                                         // of outputs
 };
 
-Tile tile_at(const Conv& conv, const Job& job, int tile) {
-  const int y = job.y0 + tile / tiles_x(conv) * 2, x = tile % tiles_x(conv) * 2;
-  return {job.input + static_cast<std::ptrdiff_t>(y) * conv.row_bytes() +
-              static_cast<std::ptrdiff_t>(x) * conv.pixel_stride,
-          static_cast<std::ptrdiff_t>(y + 3 < conv.in_h ? 3 : 2) * conv.row_bytes(),
-          static_cast<std::ptrdiff_t>(x + 3 < conv.in_w ? 3 : 2) * conv.pixel_stride,
-          static_cast<std::ptrdiff_t>(y - job.y0) * conv.out_w + x,
-          y + 1 < job.y1,
-          x + 1 < conv.out_w};
+template <int kSize>
+constexpr int tiles_across(const Conv& conv) {
+  return (conv.out_w + kSize - 1) / kSize;
+}
+
+template <int kSize>
+Tile<kSize> tile_at(const Conv& conv, const Job& job, int number) {
+  const int across = tiles_across<kSize>(conv);
+  const int y = job.y0 + number / across * kSize, x = number % across * kSize;
+  Tile<kSize> tile;
+  tile.input = job.input + static_cast<std::ptrdiff_t>(y) * conv.row_bytes() +
+               static_cast<std::ptrdiff_t>(x) * conv.pixel_stride;
+  tile.pixel = static_cast<std::ptrdiff_t>(y - job.y0) * conv.out_w + x;
+  tile.rows = job.y1 - y < kSize ? job.y1 - y : kSize;
+  tile.columns = conv.out_w - x < kSize ? conv.out_w - x : kSize;
+  for (int i = 0; i < kSize + 2; ++i) {
+    const int row = i < tile.rows + 2 ? i : tile.rows + 1,
+              column = i < tile.columns + 2 ? i : tile.columns + 1;
+    tile.rows_at[i] = static_cast<std::ptrdiff_t>(row) * conv.row_bytes();
+    tile.columns_at[i] = static_cast<std::ptrdiff_t>(column) * conv.pixel_stride;
+  }
+  return tile;
 }
 
 }  // namespace
