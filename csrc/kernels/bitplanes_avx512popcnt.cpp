@@ -308,9 +308,11 @@ double cycles(const Conv& conv) {
   const double vectors = ceil_div(conv.o, kLanes), pixels = 1.0 * conv.out_h * conv.out_w;
   const double making = made * (1 + tests * (1.5 + 3.3 * planes.a_bits)) + 300 * jobs +
                         pixels * conv.taps() * (planes.stride_x == 1 ? 0.1 : 1.5);
-  const double tiles = 1.0 * conv.out_h * ceil_div(conv.out_w, kTilePixels) *
-                       ceil_div(static_cast<int>(vectors), kTileVectors);
-  const double products = 1.53 * planes.w_bits * planes.a_bits * planes.steps;
+  const int columns = ceil_div(conv.out_w, kTilePixels);
+  const double tiles = 1.0 * conv.out_h * columns * ceil_div(static_cast<int>(vectors), kTileVectors);
+  // Tiles of one pixel wait for weights from L2.
+  const double step = conv.out_w == columns ? 2.4 : 1.53;
+  const double products = step * planes.w_bits * planes.a_bits * planes.steps;
   return making + pixels * vectors * (products + 1.5) + 15 * tiles;
 }
 
