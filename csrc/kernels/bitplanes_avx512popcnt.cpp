@@ -293,9 +293,11 @@ const char* refuses(const Conv& conv) {
   return conv.groups > 1 ? "groups are narrower than its words" : bitplanes_refuses(conv);
 }
 
+// As many as have 64 KiB of sums, and equal ones.
 int rows(const Conv& conv) {
-  const int row_bytes = static_cast<int>(sizeof(std::int32_t)) * conv.out_w * round_up(conv.o, kLanes);
-  const int fit = larger(1, smaller(conv.out_h, (64 << 10) / row_bytes));
+  const std::int64_t row_bytes =
+      static_cast<std::int64_t>(sizeof(std::int32_t)) * conv.out_w * round_up(conv.o, kLanes);
+  const int fit = larger(1, smaller(conv.out_h, static_cast<int>((64 << 10) / row_bytes)));
   return ceil_div(conv.out_h, ceil_div(conv.out_h, fit));
 }
 
