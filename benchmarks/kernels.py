@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,14 +54,23 @@ LAYERS = [
     Layer("16x32x32", 16, 16, 32),
     Layer("32x16x16", 32, 32, 16),
     Layer("64x8x8", 64, 64, 8),
+    Layer("512-1000", 512, 1000, 1, kernel=1),
+    Layer("4096-4096", 4096, 4096, 1, kernel=1),
 ]
 
 
-def ceiling(kernel: str, w_bits: int, a_bits: int) -> float | None:
-    """MAC per cycle that the kernel's instructions allow where two 512-bit operations start a cycle; None if unknown."""
-    if kernel == "bitplanes_avx512popcnt":  # AND, population count, addition for 512 products of bits
-        return 512 / 1.5 / (w_bits * a_bits)
-    return None
+# Products per cycle of weights of w and inputs of a bits, from the rates that instructions were measured to have on
+# a Zen 4: two vector operations of 512 bits start a cycle, but one vpdpbusd, vpermb or population count; of AVX2's
+# 256 bits three.
+CEILINGS: dict[str, Callable[[int, int], float]] = {
+    # AND, count, addition for 512 products of bits
+    "bitplanes_avx512popcnt": lambda w, a: 512 / 1.5 / (w * a),
+    "table_avx512vbmi": lambda w, a: 64 * (6 // max(w, a)),  # vpermb, addition for 64 indices of 6 bits
+    "table_avx2": lambda w, a: 52 * (4 // max(w, a)),  # vpshufb, addition for 32 indices of 4 bits
+    "dot_avx512vnni": lambda _w, _a: 64,  # vpdpbusd
+    "winograd_avx512vnni": lambda _w, _a: 64 * 36 / 16,  # vpdpbusd for 16 products in place of 36
+    "dot_avx2": lambda _w, _a: 51,  # vpmaddubsw, addition in 16 bits
+}
 
 
 def main() -> None:
@@ -113,8 +123,7 @@ def row(layer: Layer, pair: str, names: list[str], *, rounds: int, ghz: float) -
             best[name] = min(best[name], *_native.time_kernel(name, conv, pixels, levels, rows, 4096, 3))
     for name in names:
         rate = macs / (best[name] * ghz * 1e9)
-        limit = ceiling(name, w_bits, a_bits)
-        share = f"{100 * rate / limit:.0f}" if limit else "-"
+        share = f"{100 * rate / CEILINGS[name](w_bits, a_bits):.0f}" if name in CEILINGS else "-"
         print(
             f"| {layer.name} | {pair} | {name} | {best[name] * 1e6:.1f} | {rate:.1f} | {share} "
             f"| {costs[name][0] / ghz / 1e3:.1f} |",
