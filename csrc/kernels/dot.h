@@ -290,14 +290,44 @@ inline void run_tiles(const Conv& conv, const Job& job, const Form& form, const 
   }
 }
 
+// Calls `tile` for the first window, sum and outputs of every tile.
+template <int kPixels, class Tile>
+inline void each_tile(const Tiles& t, Tile tile) {
+  for (int y = 0; y < t.rows; ++y) {
+    for (int i = 0; i < t.count; ++i) {
+      const int x = i * kPixels;
+      tile(t.input + y * t.layout.between_y + x * t.layout.between_x,
+           t.extra == nullptr ? nullptr : t.extra + y * t.out_w + x,
+           t.acc + (static_cast<std::ptrdiff_t>(y) * t.out_w + x) * t.ld);
+    }
+  }
+}
+
+// Cycles of an image whose steps take, for every panel, `of_product` a pixel and `of_weight` once, but not
+// less than `least` (which is what reading or unpacking weights takes).
+inline double cycles_of(const Conv& conv, const Form& form, double of_product, double of_weight,
+                        double least) {
+  const Layout l = layout_of(conv, form);
+  const double steps = static_cast<double>(l.steps) * l.segments();
+  double of_row = 0;
+  for (int panel = 0; panel < l.panels; panel += l.block) {
+    const int panels = l.panels - panel < l.block ? l.panels - panel : l.block;
+    const int tiles = tiling_of(form, conv.out_w, panels).count;
+    const double of_step = of_product * conv.out_w / tiles + of_weight;
+    of_row += tiles * panels * steps * (of_step < least ? least : of_step);
+    of_row += tiles * (16 + 6 * l.segments()) + 2 * panels * conv.out_w;
+  }
+  return conv.groups * conv.out_h * of_row;
+}
+
 // Addresses of neighbouring windows without a register each: odd multiples of their distance are kept, and
 // addressing multiplies them by 2, 4 and 8.
 template <int kPixels>
 struct Windows {
-  std::ptrdiff_t odd[kPixels / 2 + 1];
+  std::ptrdiff_t odd[kPixels / 2 + 1];  // the last is never used: there are no arrays of none
 
   explicit Windows(std::ptrdiff_t between) {
-    for (int i = 0; i <= kPixels / 2; ++i) odd[i] = (2 * i + 1) * between;
+    for (int i = 0; i < kPixels / 2; ++i) odd[i] = (2 * i + 1) * between;
   }
   std::ptrdiff_t operator[](int n) const {
     if (n == 0) return 0;
