@@ -13,9 +13,9 @@
 // signed byte are kept as (level - shift) / factor, and the sum of the window's bytes makes up for it.
 //
 //   packed = | tables: 64 | start: int32 [groups][o'] | vectors |     o': o rounded up to whole panels
-//   start  = a_offset * the sum of the channel's levels
-//   vectors [groups][o' / lanes / block][segment][ceil(steps * bits / 8)][block panels]
-//   vector  = lanes x 4 bytes; bits [bits * i, bits * (i + 1)) of each byte are the weight of step i
+//   start  = a_offset * the sum of the channel's levels, and what an offset of the multiplied bytes leaves
+//   out vectors [groups][o' / lanes / block][segment][ceil(steps * bits / 8)][block panels] vector  = lanes x
+//   4 bytes; bits [bits * i, bits * (i + 1)) of each byte are the weight of step i
 //             (lanes x 2 int16 where values are int16)
 //
 // The last block of a group may have fewer panels. Sums wrap modulo 2^32: they are right if the result fits.
@@ -37,6 +37,7 @@ struct Form {
   int lanes;
   int value_bytes;          // of an input channel as it is multiplied
   int widest[kMostPanels];  // pixels of the widest tile of 1, 2, .. panels; 3 as many as 4
+  int input_offset = 0;     // bytes of the input are multiplied less this
 };
 
 // level = factor * stored + shift.
@@ -156,7 +157,7 @@ inline void pack_levels(const Conv& conv, const Form& form, const std::int16_t* 
     const int block = l.panels - first < l.block ? l.panels - first : l.block;
     std::uint8_t* of_block =
         packed + l.weights + (static_cast<std::size_t>(o / conv.o) * l.panels + first) * l.panel_bytes;
-    std::int32_t sum = 0;
+    std::int32_t sum = 0, stored_sum = 0;
     for (int c = 0; c < conv.c; ++c) {
       for (int ky = 0; ky < conv.kh; ++ky) {
         for (int kx = 0; kx < conv.kw; ++kx) {
@@ -171,6 +172,7 @@ inline void pack_levels(const Conv& conv, const Form& form, const std::int16_t* 
           std::uint8_t* at =
               of_block + (vector * form.lanes + lane) * 4 + value % values_of_step * form.value_bytes;
           const int stored = (level - storage.shift) / storage.factor;
+          stored_sum += stored;
           const int code =
               l.bits < 8 ? table.index_of(stored) << (step % l.steps_of_vector * l.bits) : stored;
           at[0] |= static_cast<std::uint8_t>(code);
@@ -178,7 +180,11 @@ inline void pack_levels(const Conv& conv, const Form& form, const std::int16_t* 
         }
       }
     }
-    start[o / conv.o * l.panels * form.lanes + o % conv.o] = conv.a_offset * sum;
+    // Weights that steps have beyond the window's are zeroed memory too: index 0 of the table.
+    const int beyond = l.segments() * l.steps * values_of_step - conv.taps() * conv.c;
+    stored_sum += beyond * (l.bits < 8 ? table.level[0] : 0);
+    start[o / conv.o * l.panels * form.lanes + o % conv.o] =
+        conv.a_offset * sum + storage.factor * conv.a_scale * form.input_offset * stored_sum;
   }
   // Table j takes four bits of codes and gives the level of code j of them.
   for (int i = 0; i < kTables && l.bits < 8; ++i) {
