@@ -18,7 +18,8 @@ struct Rounder {
         level_min(_mm512_set1_ps(to.level_min)),
         low(_mm512_set1_ps(to.low)),
         high(_mm512_set1_ps(to.high)),
-        last(_mm512_set1_epi32(to.last)) {}
+        first_level(_mm_set1_epi8(static_cast<char>(static_cast<int>(to.level_min)))),
+        byte_step(_mm_set1_epi8(static_cast<char>(to.byte_step))) {}
 
   // value / step as float32 division gives it, or close enough that the code is the same (Rounding::divide).
   __m512 ratio(__m512 value) const {
@@ -30,25 +31,35 @@ struct Rounder {
 
   // Sixteen bytes of sixteen values that are numbers.
   __m128i bytes(__m512 value) const {
-    const __m512 q = ratio(value);
-    if (to.kind == Rounding::edges) return of_codebook(q);
-    __m512i code;
+    if (to.kind == Rounding::edges) return of_codebook(ratio(value));
+    if (to.last <= Rounding::kFew) return of_few(value);
+    __m128i code;  // modulo 256, which is all that is kept
     if (to.kind == Rounding::even) {
-      code = _mm512_sub_epi32(_mm512_cvtps_epi32(q), _mm512_cvtps_epi32(level_min));
+      code = _mm_sub_epi8(_mm512_cvtepi32_epi8(_mm512_cvtps_epi32(ratio(value))), first_level);
     } else {
-      code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(q, level_min), _mm512_set1_ps(0.5F)));
+      const __m512 half = _mm512_mul_ps(_mm512_sub_ps(ratio(value), level_min), _mm512_set1_ps(0.5F));
+      code = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(half));
     }
-    code = _mm512_min_epi32(_mm512_max_epi32(code, _mm512_setzero_si512()), last);
-    if (to.byte_step != 1) code = _mm512_mullo_epi32(code, _mm512_set1_epi32(to.byte_step));
-    return _mm512_cvtepi32_epi8(code);
+    return to.byte_step == 1 ? code : _mm_add_epi8(code, code);
   }
 
  private:
+  __m128i of_few(__m512 value) const {
+    __m128i byte = _mm_maskz_mov_epi8(at_least(value, to.reached[0]), byte_step);
+    for (int code = 1; code < to.last; ++code) {
+      byte = _mm_mask_add_epi8(byte, at_least(value, to.reached[code]), byte, byte_step);
+    }
+    return byte;
+  }
+
+  static __mmask16 at_least(__m512 value, float threshold) {
+    return _mm512_cmp_ps_mask(value, _mm512_set1_ps(threshold), _CMP_GE_OQ);
+  }
+
   __m128i of_codebook(__m512 q) const {
     __m512i code = _mm512_setzero_si512();
     for (int i = 0; i < to.last; ++i) {
-      const __mmask16 reached = _mm512_cmp_ps_mask(q, _mm512_set1_ps(to.thresholds[i]), _CMP_GE_OQ);
-      code = _mm512_mask_add_epi32(code, reached, code, _mm512_set1_epi32(1));
+      code = _mm512_mask_add_epi32(code, at_least(q, to.thresholds[i]), code, _mm512_set1_epi32(1));
     }
     alignas(64) std::int32_t codes[kLanes];
     alignas(16) std::uint8_t found[kLanes];
@@ -59,7 +70,7 @@ struct Rounder {
 
   const Rounding& to;
   const __m512 step, inverse, level_min, low, high;
-  const __m512i last;
+  const __m128i first_level, byte_step;
 };
 
 bool round(const Rounding& to, const float* values, std::size_t count, std::uint8_t* bytes) {
@@ -118,7 +129,7 @@ bool finish_strip(const Finish& f, const Strip& strip) {
           }
         }
         if (f.byte_maps == 0) continue;
-        not_numbers |= _mm512_mask_cmp_ps_mask(lanes, value, value, _CMP_UNORD_Q);
+        if (!f.always_numbers) not_numbers |= _mm512_mask_cmp_ps_mask(lanes, value, value, _CMP_UNORD_Q);
         for (int map = 0; map < f.byte_maps; ++map) {
           const ByteMap& to = f.maps[map];
           const __m128i bytes = map == 0 ? rounder.bytes(value) : Rounder(to.rounding).bytes(value);

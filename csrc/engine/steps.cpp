@@ -1,6 +1,7 @@
 #include "engine/steps.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "engine/loops.h"
 #include "engine/moves.h"
@@ -22,6 +23,11 @@ void LayerStep::use(const Kernel& by, const std::int16_t* levels) {
   weights = Aligned(by.weight_bytes(conv));
   by.pack(conv, levels, weights.data());
   if (border_level != 0) find_excess(levels);
+  const auto finite = [this](const Aligned& values) {
+    const auto* begin = reinterpret_cast<const float*>(values.data());
+    return std::all_of(begin, begin + outputs(), [](float value) { return std::isfinite(value); });
+  };
+  finite_ = finite(scale) && finite(bias);
 }
 
 void LayerStep::find_excess(const std::int16_t* levels) {
@@ -113,6 +119,7 @@ bool LayerStep::run_job(const Frame& frame, std::int64_t image, int y0, int y1, 
     finish.residual_scale = residual_scale;
     finish.residual_offset = residual_offset;
   }
+  finish.always_numbers = finite_ && residual_kind != Finish::floats && std::isfinite(residual_step);
   finish.limited = limited;
   finish.low = low;
   finish.high = high;

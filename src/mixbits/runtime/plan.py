@@ -513,6 +513,9 @@ class _Planner:
             order = range(rank) if linear else (0, *range(2, rank), 1)
             floats = self._floats(name, shape, order)
             self.values[name] = floats
+        if limits == (0, np.inf) and floats is None:
+            grids = [grid_from_json(reader.attrs["grid"]) for reader in roundings]
+            limits = None if all(grid.level_min >= 0 for grid in grids) else limits  # they cut it off anyway
         maps: list[tuple[Placed, Grid, float]] = []
         for reader in roundings:
             grid = grid_from_json(reader.attrs["grid"])
