@@ -31,14 +31,15 @@ struct Position {
   }
 };
 
+template <int kSize>
 struct Positions {
-  Position at[16];  // row by row
+  Position at[kSize * kSize];  // row by row
 
   template <int kTaps>
-  explicit constexpr Positions(const int (&matrix)[4][kTaps]) : at{} {
-    for (int i = 0; i < 16; ++i) {
-      for (const int row : matrix[i / 4]) {
-        for (const int column : matrix[i % 4]) {
+  explicit constexpr Positions(const int (&matrix)[kSize][kTaps]) : at{} {
+    for (int i = 0; i < kSize * kSize; ++i) {
+      for (const int row : matrix[i / kSize]) {
+        for (const int column : matrix[i % kSize]) {
           const int by = row * column;
           (by > 0 ? at[i].plus : at[i].minus) += by > 0 ? by : -by;
         }
@@ -47,21 +48,22 @@ struct Positions {
   }
 };
 
-constexpr Positions kU(kG), kV(kB);
-
-constexpr int tiles_x(const Conv& conv) { return (conv.out_w + 1) / 2; }
-constexpr int tiles_y(const Conv& conv) { return (conv.out_h + 1) / 2; }
+constexpr Positions<4> kU(kG), kV(kB);
 
 // Whether U fits a signed byte.
-constexpr bool weights_fit(Range values) {
-  for (const Position& position : kU.at) {
+template <int kSize>
+constexpr bool weights_fit(const Positions<kSize>& positions, Range values) {
+  for (const Position& position : positions.at) {
     const Range u = position(values);
     if (u.low < -128 || u.high > 127) return false;
   }
   return true;
 }
 
-static_assert(weights_fit({-14, 14}) && !weights_fit({-15, 14}) && !weights_fit({-14, 15}));
+static_assert(weights_fit(kU, {-14, 14}) && !weights_fit(kU, {-15, 14}) && !weights_fit(kU, {-14, 15}));
+
+// Of F(2x2, 3x3).
+constexpr const char* kWeightsTooWide = "transformed weights need more than 8 bits: levels may span 28 steps";
 
 // Weights as the transform gets them: level = step * q + middle.
 struct Form {
@@ -71,8 +73,9 @@ struct Form {
 
 // Levels as they are where they fit, else counted in steps from the middle one: then `middle` times the
 // window's sum of bytes is added to every output.
-constexpr Form form_of(const Conv& conv) {
-  if (weights_fit({conv.w_min, conv.w_max})) return {1, 0, {conv.w_min, conv.w_max}};
+template <int kSize>
+constexpr Form form_of(const Conv& conv, const Positions<kSize>& positions) {
+  if (weights_fit(positions, {conv.w_min, conv.w_max})) return {1, 0, {conv.w_min, conv.w_max}};
   const int step = conv.w_step == 2 ? 2 : 1;
   const int below = ((conv.w_max - conv.w_min) / step + 1) / 2;
   const int middle = conv.w_min + step * below;
@@ -84,20 +87,18 @@ constexpr int largest(int a, int b) {
 }
 
 // The outputs' factor of 4, less what the steps of weights and inputs take of it; -1 if that is not a shift.
-constexpr int shift_of(const Conv& conv) {
-  const int factor = form_of(conv).step * conv.a_scale;
+constexpr int shift_of(const Conv& conv, const Form& form) {
+  const int factor = form.step * conv.a_scale;
   return factor == 1 ? 2 : factor == 2 ? 1 : factor == 4 ? 0 : -1;
 }
 
 // Why a convolution cannot be done so, but for the range of its inputs; or null.
-const char* refuses_winograd(const Conv& conv) {
+const char* refuses_winograd(const Conv& conv, const Form& form) {
   if (conv.kh != 3 || conv.kw != 3) return "the window is not 3x3";
   if (conv.stride_y != 1 || conv.stride_x != 1) return "the stride is not 1";
   if (conv.dilation_y != 1 || conv.dilation_x != 1) return "the window is dilated";
   if (conv.groups != 1) return "it is grouped";
-  const Form form = form_of(conv);
-  if (!weights_fit(form.q)) return "transformed weights need more than 8 bits: levels may span 28 steps";
-  const int shift = shift_of(conv);
+  const int shift = shift_of(conv, form);
   if (shift < 0) return "input levels are further apart than 2";
   // Sums wrap, so only what is shifted at the end has to fit 32 bits: the products and the constant.
   const double products = 1.0 * conv.a_scale * form.step * largest(form.q.low, form.q.high) * conv.a_max;
@@ -106,48 +107,65 @@ const char* refuses_winograd(const Conv& conv) {
   return nullptr;
 }
 
-// Rows of a job whose tiles are about `block`, the same in all jobs.
-int rows_of_tiles(const Conv& conv, int block) {
-  const int fit = tiles_x(conv) < block ? block / tiles_x(conv) : 1;
-  const int jobs = (tiles_y(conv) + fit - 1) / fit;
-  return 2 * ((tiles_y(conv) + jobs - 1) / jobs);
+// Output rows of a job of about `block` tiles of `size` x `size` outputs, the same in all jobs.
+int rows_of_tiles(const Conv& conv, int size, int block) {
+  const int across = (conv.out_w + size - 1) / size, down = (conv.out_h + size - 1) / size;
+  const int fit = across < block ? block / across : 1;
+  const int jobs = (down + fit - 1) / fit;
+  return size * ((down + jobs - 1) / jobs);
 }
 
-// U at row y and column x; `taps` are int16 [3][3].
-int transform_weights(const std::int16_t* taps, const Form& form, int y, int x) {
+// U at a position, from its rows of G; `taps` are int16 [3][3].
+int transform_weights(const std::int16_t* taps, const Form& form, const int (&row)[3],
+                      const int (&column)[3]) {
   int u = 0;
   for (int i = 0; i < 3; ++i) {
-    for (int j = 0; j < 3; ++j) u += kG[y][i] * kG[x][j] * ((taps[3 * i + j] - form.middle) / form.step);
+    for (int j = 0; j < 3; ++j) u += row[i] * column[j] * ((taps[3 * i + j] - form.middle) / form.step);
   }
   return u;
 }
 
 // What the offset of the input's levels adds to an output, before the shift. Added to the product at row 1
 // and column 1, which alone goes into all four outputs with factor 1, it is there. levels: int16 [c][3][3]
-std::int32_t constant_of(const Conv& conv, const std::int16_t* levels) {
+std::int32_t constant_of(const Conv& conv, const Form& form, const std::int16_t* levels) {
   std::int32_t sum = 0;
   for (int i = 0; i < 9 * conv.c; ++i) sum += levels[i];
-  return conv.a_offset * sum * (1 << shift_of(conv));
+  return conv.a_offset * sum * (1 << shift_of(conv, form));
 }
 
-// Where a tile's 4x4 inputs are and its outputs go. An odd size's last tile has no fourth row or column of
-// inputs: it reads the third twice, and what comes of it is dropped.
+// Where the inputs of a tile of kSize x kSize outputs are, and where its outputs go. A last tile of fewer
+// outputs reads its last input row or column again in place of those that the map does not have, and what
+// comes of it is dropped.
+template <int kSize>
 struct Tile {
   const std::uint8_t* input;
-  std::ptrdiff_t row3, column3;
-  std::ptrdiff_t pixel;  // of its first output, from the job's first
-  bool two_rows, two_columns;
+  std::ptrdiff_t rows_at[kSize + 2], columns_at[kSize + 2];  // bytes from the first
+  std::ptrdiff_t pixel;                                      // of its first output, from the job's first
+  int rows, columns;                                         // of outputs
 };
 
-Tile tile_at(const Conv& conv, const Job& job, int tile) {
-  const int y = job.y0 + tile / tiles_x(conv) * 2, x = tile % tiles_x(conv) * 2;
-  return {job.input + static_cast<std::ptrdiff_t>(y) * conv.row_bytes() +
-              static_cast<std::ptrdiff_t>(x) * conv.pixel_stride,
-          static_cast<std::ptrdiff_t>(y + 3 < conv.in_h ? 3 : 2) * conv.row_bytes(),
-          static_cast<std::ptrdiff_t>(x + 3 < conv.in_w ? 3 : 2) * conv.pixel_stride,
-          static_cast<std::ptrdiff_t>(y - job.y0) * conv.out_w + x,
-          y + 1 < job.y1,
-          x + 1 < conv.out_w};
+template <int kSize>
+constexpr int tiles_across(const Conv& conv) {
+  return (conv.out_w + kSize - 1) / kSize;
+}
+
+template <int kSize>
+Tile<kSize> tile_at(const Conv& conv, const Job& job, int number) {
+  const int across = tiles_across<kSize>(conv);
+  const int y = job.y0 + number / across * kSize, x = number % across * kSize;
+  Tile<kSize> tile;
+  tile.input = job.input + static_cast<std::ptrdiff_t>(y) * conv.row_bytes() +
+               static_cast<std::ptrdiff_t>(x) * conv.pixel_stride;
+  tile.pixel = static_cast<std::ptrdiff_t>(y - job.y0) * conv.out_w + x;
+  tile.rows = job.y1 - y < kSize ? job.y1 - y : kSize;
+  tile.columns = conv.out_w - x < kSize ? conv.out_w - x : kSize;
+  for (int i = 0; i < kSize + 2; ++i) {
+    const int row = i < tile.rows + 2 ? i : tile.rows + 1,
+              column = i < tile.columns + 2 ? i : tile.columns + 1;
+    tile.rows_at[i] = static_cast<std::ptrdiff_t>(row) * conv.row_bytes();
+    tile.columns_at[i] = static_cast<std::ptrdiff_t>(column) * conv.pixel_stride;
+  }
+  return tile;
 }
 
 }  // namespace

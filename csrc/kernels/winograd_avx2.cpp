@@ -32,8 +32,9 @@ constexpr int run_of(const Conv& conv, const Form& form, int position) {
 }
 
 const char* refuses(const Conv& conv) {
-  if (const char* why = refuses_winograd(conv)) return why;
-  const Form form = form_of(conv);
+  const Form form = form_of(conv, kU);
+  if (!weights_fit(kU, form.q)) return kWeightsTooWide;
+  if (const char* why = refuses_winograd(conv, form)) return why;
   for (int i = 0; i < 16; ++i) {
     const Range v = kV.at[i]({0, conv.a_max});
     if (v.high - v.low > 255) return "transformed inputs need more than 8 bits: at most 6 bits of inputs fit";
@@ -45,7 +46,7 @@ const char* refuses(const Conv& conv) {
 constexpr int steps(const Conv& conv) { return (conv.c + 3) / 4; }
 constexpr int panels(const Conv& conv) { return (conv.o + kPanel - 1) / kPanel; }
 
-int rows(const Conv& conv) { return rows_of_tiles(conv, kBlock); }
+int rows(const Conv& conv) { return rows_of_tiles(conv, 2, kBlock); }
 
 std::size_t position_bytes(const Conv& conv) { return static_cast<std::size_t>(1 + steps(conv)) * kWeights; }
 
@@ -53,25 +54,27 @@ std::size_t weight_bytes(const Conv& conv) { return 16 * panels(conv) * position
 
 // Measured on Zen 4.
 double cycles(const Conv& conv) {
-  const Form form = form_of(conv);
+  const Form form = form_of(conv, kU);
   double products = 0;
   for (int i = 0; i < 16; ++i) {
     const int run = run_of(conv, form, i);
     products += steps(conv) * (1.3 + 1.2 / (run < steps(conv) ? run : steps(conv)));
   }
   const double sums = form.middle != 0 ? 32 + 0.8 * conv.c : 0;
-  return 1.0 * tiles_x(conv) * tiles_y(conv) * (panels(conv) * (products + 60) + 30 + 4 * steps(conv) + sums);
+  return 1.0 * tiles_across<2>(conv) * ((conv.out_h + 1) / 2) *
+         (panels(conv) * (products + 60) + 30 + 4 * steps(conv) + sums);
 }
 
 void pack(const Conv& conv, const std::int16_t* levels, std::uint8_t* packed) {
-  const Form form = form_of(conv);
+  const Form form = form_of(conv, kU);
   for (int o = 0; o < conv.o; ++o, levels += 9 * static_cast<std::ptrdiff_t>(conv.c)) {
-    const std::int32_t constant = constant_of(conv, levels);
+    const std::int32_t constant = constant_of(conv, form, levels);
     std::uint8_t* position = packed + o / kPanel * 16 * position_bytes(conv) + o % kPanel * 4;
     for (int i = 0; i < 16; ++i, position += position_bytes(conv)) {
       std::int32_t sum = 0;
       for (int c = 0; c < conv.c; ++c) {
-        const int u = transform_weights(levels + 9 * static_cast<std::ptrdiff_t>(c), form, i / 4, i % 4);
+        const int u =
+            transform_weights(levels + 9 * static_cast<std::ptrdiff_t>(c), form, kG[i / 4], kG[i % 4]);
         position[static_cast<std::size_t>(1 + c / 4) * kWeights + c % 4] = static_cast<std::uint8_t>(u);
         sum += u;
       }
@@ -108,13 +111,13 @@ Four transform(__m256i d0, __m256i d1, __m256i d2, __m256i d3) {
 }
 
 // V of a tile and 32 channels; v: [16 positions, `stride` bytes each].
-void transform_inputs(const Tile& tile, const std::uint8_t* from, std::ptrdiff_t row, std::ptrdiff_t pixel,
+void transform_inputs(const Tile<2>& tile, const std::uint8_t* from, std::ptrdiff_t row, std::ptrdiff_t pixel,
                       const __m256i (&offsets)[16], std::uint8_t* v, std::size_t stride) {
   Four rows[4];  // d B, a row at a time
 #pragma GCC unroll 4
   for (int y = 0; y < 4; ++y) {
-    const std::uint8_t* at = from + (y < 3 ? y * row : tile.row3);
-    rows[y] = transform(load(at), load(at + pixel), load(at + 2 * pixel), load(at + tile.column3));
+    const std::uint8_t* at = from + (y < 3 ? y * row : tile.rows_at[3]);
+    rows[y] = transform(load(at), load(at + pixel), load(at + 2 * pixel), load(at + tile.columns_at[3]));
   }
 #pragma GCC unroll 4
   for (int x = 0; x < 4; ++x) {
@@ -128,7 +131,7 @@ void transform_inputs(const Tile& tile, const std::uint8_t* from, std::ptrdiff_t
 
 // V of a block: [16 positions][tile][4 * steps]. What is written behind a tile's channels is written again by
 // the next tile.
-void transform_block(const Conv conv, const Tile* tiles, int count, std::uint8_t* v) {
+void transform_block(const Conv conv, const Tile<2>* tiles, int count, std::uint8_t* v) {
   const int bytes = 4 * steps(conv);
   __m256i offsets[16];
   for (int i = 0; i < 16; ++i) offsets[i] = _mm256_set1_epi8(static_cast<char>(offset_of(conv, i)));
@@ -219,7 +222,7 @@ Two untransform(__m256i m0, __m256i m1, __m256i m2, __m256i m3) {
 }
 
 // Outputs of a tile and 8 channels. `sums`: what windows add, [pixel of the job], or null.
-void finish(const Tile& tile, const std::int32_t* m, __m128i shift, const std::int32_t* sums, int out_w,
+void finish(const Tile<2>& tile, const std::int32_t* m, __m128i shift, const std::int32_t* sums, int out_w,
             std::int32_t* acc, int ld) {
   Two columns[4];
 #pragma GCC unroll 4
@@ -230,11 +233,11 @@ void finish(const Tile& tile, const std::int32_t* m, __m128i shift, const std::i
   }
 #pragma GCC unroll 2
   for (int y = 0; y < 2; ++y) {
-    if (y == 1 && !tile.two_rows) break;
+    if (y == 1 && tile.rows == 1) break;
     const Two row = untransform(columns[0].at[y], columns[1].at[y], columns[2].at[y], columns[3].at[y]);
 #pragma GCC unroll 2
     for (int x = 0; x < 2; ++x) {
-      if (x == 1 && !tile.two_columns) break;
+      if (x == 1 && tile.columns == 1) break;
       const std::ptrdiff_t pixel = tile.pixel + y * out_w + x;
       __m256i out = _mm256_sra_epi32(row.at[x], shift);
       if (sums != nullptr) out = _mm256_add_epi32(out, _mm256_set1_epi32(sums[pixel]));
@@ -244,8 +247,8 @@ void finish(const Tile& tile, const std::int32_t* m, __m128i shift, const std::i
 }
 
 // All of the job's output channels of a block of tiles.
-void block(const Conv conv, const Job job, const int (&runs)[16], __m128i shift, const Tile* tiles, int count,
-           const std::uint8_t* v, std::int32_t* m, const std::int32_t* sums) {
+void block(const Conv conv, const Job job, const int (&runs)[16], __m128i shift, const Tile<2>* tiles,
+           int count, const std::uint8_t* v, std::int32_t* m, const std::int32_t* sums) {
   for (int o = job.o0; o < job.o1; o += kPanel) {
     const std::uint8_t* weights = job.weights + o / kPanel * 16 * position_bytes(conv);
     for (int i = 0; i < 16; ++i, weights += position_bytes(conv)) {
@@ -260,8 +263,8 @@ void block(const Conv conv, const Job job, const int (&runs)[16], __m128i shift,
 }
 
 void run(const Conv& conv, const Job& job) {
-  const Form form = form_of(conv);
-  const __m128i shift = _mm_cvtsi32_si128(shift_of(conv));
+  const Form form = form_of(conv, kU);
+  const __m128i shift = _mm_cvtsi32_si128(shift_of(conv, form));
   int runs[16];
   for (int i = 0; i < 16; ++i) runs[i] = run_of(conv, form, i);
   auto* m = reinterpret_cast<std::int32_t*>(job.scratch + 16 * v_stride(conv));
@@ -270,12 +273,12 @@ void run(const Conv& conv, const Job& job) {
     sums = m + 16 * kPositionSums;
     window_sums(conv, job, conv.a_scale * form.middle, sums);
   }
-  const int all = (job.y1 - job.y0 + 1) / 2 * tiles_x(conv);
+  const int all = (job.y1 - job.y0 + 1) / 2 * tiles_across<2>(conv);
   const int blocks = (all + kBlock - 1) / kBlock;
   for (int i = 0, first = 0; i < blocks; ++i) {
     const int count = (all - first) / (blocks - i);  // as equal as can be
-    Tile tiles[kBlock];
-    for (int t = 0; t < count; ++t) tiles[t] = tile_at(conv, job, first + t);
+    Tile<2> tiles[kBlock];
+    for (int t = 0; t < count; ++t) tiles[t] = tile_at<2>(conv, job, first + t);
     transform_block(conv, tiles, count, job.scratch);
     block(conv, job, runs, shift, tiles, count, job.scratch, m, sums);
     first += count;

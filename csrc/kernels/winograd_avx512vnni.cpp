@@ -42,13 +42,14 @@ static_assert(inputs_fit(63) && !inputs_fit(64));
 const char* refuses(const Conv& conv) {
   if (!inputs_fit(conv.a_max))
     return "transformed inputs need more than 8 bits: at most 6 bits of inputs fit";
-  return refuses_winograd(conv);
+  const Form form = form_of(conv, kU);
+  return weights_fit(kU, form.q) ? refuses_winograd(conv, form) : kWeightsTooWide;
 }
 
 constexpr int steps(const Conv& conv) { return (conv.c + 3) / 4; }
 constexpr int panels(const Conv& conv) { return (conv.o + kLanes - 1) / kLanes; }
 
-int rows(const Conv& conv) { return rows_of_tiles(conv, kBlock); }
+int rows(const Conv& conv) { return rows_of_tiles(conv, 2, kBlock); }
 
 std::size_t row_bytes(const Conv& conv) { return static_cast<std::size_t>(1 + steps(conv)) * kRow; }
 
@@ -56,23 +57,23 @@ std::size_t weight_bytes(const Conv& conv) { return 4 * panels(conv) * row_bytes
 
 // Measured on Zen 4: a dot product a cycle, transforms by the tile, weights read once a block.
 double cycles(const Conv& conv) {
-  const double tiles = round_up(tiles_x(conv) * tiles_y(conv), kStep);
+  const double tiles = round_up(tiles_across<2>(conv) * ((conv.out_h + 1) / 2), kStep);
   const double dots = 16.0 * panels(conv) * steps(conv);
   const double transforms = 15 + 30 * panels(conv) + 5 * steps(conv);
-  const double sums = form_of(conv).middle != 0 ? 32 + 0.8 * conv.c : 0;
+  const double sums = form_of(conv, kU).middle != 0 ? 32 + 0.8 * conv.c : 0;
   return tiles * (dots + transforms + sums) + tiles / 28 * static_cast<double>(weight_bytes(conv)) / 128;
 }
 
 void pack(const Conv& conv, const std::int16_t* levels, std::uint8_t* packed) {
-  const Form form = form_of(conv);
+  const Form form = form_of(conv, kU);
   for (int o = 0; o < conv.o; ++o, levels += 9 * static_cast<std::ptrdiff_t>(conv.c)) {
-    const int constant = constant_of(conv, levels);
+    const int constant = constant_of(conv, form, levels);
     for (int y = 0; y < 4; ++y) {
       std::uint8_t* row = packed + (o / kLanes * 4 + y) * row_bytes(conv) + o % kLanes * 4;
       for (int x = 0; x < 4; ++x) {
         int sum = 0;
         for (int c = 0; c < conv.c; ++c) {
-          const int u = transform_weights(levels + 9 * static_cast<std::ptrdiff_t>(c), form, y, x);
+          const int u = transform_weights(levels + 9 * static_cast<std::ptrdiff_t>(c), form, kG[y], kG[x]);
           row[static_cast<std::size_t>(1 + c / 4) * kRow + x * kVector + c % 4] =
               static_cast<std::uint8_t>(u);
           sum += u;
@@ -131,7 +132,8 @@ Four transpose(const Four& x) {
 }
 
 // V of four tiles and 16 channels from `channel` on. Rows of V are `stride` bytes apart.
-void transform_inputs(const Conv& conv, const Tile* tiles, int channel, std::uint8_t* v, std::size_t stride) {
+void transform_inputs(const Conv& conv, const Tile<2>* tiles, int channel, std::uint8_t* v,
+                      std::size_t stride) {
   const std::ptrdiff_t row = conv.row_bytes(), pixel = conv.pixel_stride;
   const std::uint8_t* at[4];
 #pragma GCC unroll 4
@@ -141,12 +143,12 @@ void transform_inputs(const Conv& conv, const Tile* tiles, int channel, std::uin
   for (int x = 0; x < 4; ++x) {
     const std::uint8_t* from[4];
 #pragma GCC unroll 4
-    for (int t = 0; t < 4; ++t) from[t] = at[t] + (x < 3 ? x * pixel : tiles[t].column3);
+    for (int t = 0; t < 4; ++t) from[t] = at[t] + (x < 3 ? x * pixel : tiles[t].columns_at[3]);
     columns[x] = transform(load(from[0], from[1], from[2], from[3]),
                            load(from[0] + row, from[1] + row, from[2] + row, from[3] + row),
                            load(from[0] + 2 * row, from[1] + 2 * row, from[2] + 2 * row, from[3] + 2 * row),
-                           load(from[0] + tiles[0].row3, from[1] + tiles[1].row3, from[2] + tiles[2].row3,
-                                from[3] + tiles[3].row3));
+                           load(from[0] + tiles[0].rows_at[3], from[1] + tiles[1].rows_at[3],
+                                from[2] + tiles[2].rows_at[3], from[3] + tiles[3].rows_at[3]));
   }
 #pragma GCC unroll 4
   for (int y = 0; y < 4; ++y) {
@@ -163,7 +165,7 @@ void transform_inputs(const Conv& conv, const Tile* tiles, int channel, std::uin
 
 // `tiles` are in fours, the last repeated if need be. Bytes that are read behind a pixel's last channel
 // become V that no weight meets.
-void transform_block(const Conv& conv, const Tile* tiles, int quads, std::uint8_t* v) {
+void transform_block(const Conv& conv, const Tile<2>* tiles, int quads, std::uint8_t* v) {
   const std::size_t each = quad_bytes(conv);
   for (int quad = 0; quad < quads; ++quad, tiles += kStep, v += each) {
     for (int channel = 0; channel < conv.c; channel += 16) {
@@ -217,7 +219,7 @@ using Multiply = void (*)(const std::uint8_t*, const std::uint8_t*, int, std::in
 constexpr Multiply kMultiply[kStep] = {multiply<1>, multiply<2>, multiply<3>, multiply<4>};
 
 // Outputs of a tile and 16 channels. `sums`: what windows add, [pixel of the job], or null.
-void finish(const Tile& tile, const std::int32_t* m, __m128i shift, const std::int32_t* sums, int out_w,
+void finish(const Tile<2>& tile, const std::int32_t* m, __m128i shift, const std::int32_t* sums, int out_w,
             std::int32_t* acc, int ld) {
   Two columns[2];
 #pragma GCC unroll 2
@@ -228,10 +230,10 @@ void finish(const Tile& tile, const std::int32_t* m, __m128i shift, const std::i
   }
 #pragma GCC unroll 2
   for (int y = 0; y < 2; ++y) {
-    if (y == 1 && !tile.two_rows) break;
+    if (y == 1 && tile.rows == 1) break;
 #pragma GCC unroll 2
     for (int x = 0; x < 2; ++x) {
-      if (x == 1 && !tile.two_columns) break;
+      if (x == 1 && tile.columns == 1) break;
       const std::ptrdiff_t pixel = tile.pixel + y * out_w + x;
       __m512i out = _mm512_sra_epi32(columns[x].at[y], shift);
       if (sums != nullptr) out = _mm512_add_epi32(out, _mm512_set1_epi32(sums[pixel]));
@@ -241,8 +243,8 @@ void finish(const Tile& tile, const std::int32_t* m, __m128i shift, const std::i
 }
 
 // All of the job's output channels of a block of tiles.
-void block(const Conv conv, const Job job, __m128i shift, const Tile* tiles, int count, const std::uint8_t* v,
-           std::int32_t* m, const std::int32_t* sums) {
+void block(const Conv conv, const Job job, __m128i shift, const Tile<2>* tiles, int count,
+           const std::uint8_t* v, std::int32_t* m, const std::int32_t* sums) {
   for (int o = job.o0; o < job.o1; o += kLanes) {
     const std::uint8_t* weights = job.weights + o / kLanes * 4 * row_bytes(conv);
     const std::uint8_t* quad = v;
@@ -259,8 +261,8 @@ void block(const Conv conv, const Job job, __m128i shift, const Tile* tiles, int
 }
 
 void run(const Conv& conv, const Job& job) {
-  const Form form = form_of(conv);
-  const __m128i shift = _mm_cvtsi32_si128(shift_of(conv));
+  const Form form = form_of(conv, kU);
+  const __m128i shift = _mm_cvtsi32_si128(shift_of(conv, form));
   std::uint8_t* v = job.scratch;
   auto* m = reinterpret_cast<std::int32_t*>(v + v_bytes(conv));
   std::int32_t* sums = nullptr;
@@ -268,14 +270,14 @@ void run(const Conv& conv, const Job& job) {
     sums = m + 4 * kRowSums;
     window_sums(conv, job, conv.a_scale * form.middle, sums);
   }
-  const int all = (job.y1 - job.y0 + 1) / 2 * tiles_x(conv);
+  const int all = (job.y1 - job.y0 + 1) / 2 * tiles_across<2>(conv);
   const int blocks = (all + kBlock - 1) / kBlock;
   const int most = round_up((all + blocks - 1) / blocks, kStep);
   for (int first = 0; first < all; first += most) {
     const int count = all - first < most ? all - first : most;
     const int padded = round_up(count, kStep);
-    Tile tiles[kBlock];
-    for (int t = 0; t < padded; ++t) tiles[t] = tile_at(conv, job, first + (t < count ? t : count - 1));
+    Tile<2> tiles[kBlock];
+    for (int t = 0; t < padded; ++t) tiles[t] = tile_at<2>(conv, job, first + (t < count ? t : count - 1));
     transform_block(conv, tiles, padded / kStep, v);
     block(conv, job, shift, tiles, count, v, m, sums);
   }
