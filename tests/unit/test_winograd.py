@@ -188,6 +188,14 @@ def test_inputs_that_do_not_fit_are_refused(kernel: str):
 
 
 @every_winograd
+def test_weights_that_are_all_zero_are_exact(kernel: str):
+    problem = extreme(Codebook(1, (0, 1)), Uniform(1, False))
+    problem.levels[:] = problem.sums[:] = 0
+    problem.conv.w_min = problem.conv.w_max = 0
+    assert check(kernel, problem)
+
+
+@every_winograd
 def test_sums_that_would_wrap_are_refused(kernel: str):
     limits = LIMITS[kernel]
     conv = extreme(levels_from(-limits.weight, 2 * limits.weight + 1), Codebook(6, (0, limits.byte))).conv
