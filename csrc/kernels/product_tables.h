@@ -130,7 +130,7 @@ std::int32_t lacking(const Conv& conv, const Plan& plan, const std::int16_t* kno
   return conv.a_scale * (products - conv.taps() * fillers * filler) + conv.a_offset * sum_of_weights;
 }
 
-// Where the windows of a job find indices: int16 [rows][columns][groups], each times the bytes of a table. A
+// Where the windows of a job find indices: uint16 [rows][columns][groups], each times the bytes of a table. A
 // window of one row or column needs none of those that a stride skips.
 struct Map {
   int rows, columns;       // of indices

@@ -1,8 +1,7 @@
 // Products looked up by vpshufb: an index of 4 bits holds 4 weights of 1 bit or 2 of 2 bits, as many inputs
 // choose one of at most 256 tables, and a look-up gives the sums of their products for 32 output channels.
 //
-//   { tables [tables][16] | what entries lack int32 [panels of 32] | weights [panel][window
-//   position][pairs][32] }
+//   { tables [tables][16] | what entries lack int32 [panels of 32] | weights [panel][pairs of indices][32] }
 //
 //   byte = | index of the pair's second group : 4 | first : 4 |
 //

@@ -1,8 +1,7 @@
 // Products looked up by vpermb: an index of 6 bits holds 6 to 2 weights of 1 to 3 bits, as many inputs choose
 // one of at most 256 tables, and a look-up gives the sums of their products for 64 output channels.
 //
-//   { tables [tables][64] | what entries lack int32 [panels of 64] | weights [panel][window
-//   position][groups][64] }
+//   { tables [tables][64] | what entries lack int32 [panels of 64] | weights [panel][indices][64] }
 //
 // Lane 2 i is output i of a panel, lane 2 i + 1 output 32 + i: bytes widen into halves in order.
 

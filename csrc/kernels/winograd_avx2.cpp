@@ -28,7 +28,8 @@ constexpr int offset_of(const Conv& conv, int position) { return -kV.at[position
 // How many products of 4 channels a sum of 16 bits has room for, where each gives it two products of bytes.
 constexpr int run_of(const Conv& conv, const Form& form, int position) {
   const Range v = kV.at[position]({0, conv.a_max}), u = kU.at[position](form.q);
-  return 32767 / (2 * (v.high - v.low) * largest(u.low, u.high));
+  const int product = (v.high - v.low) * largest(u.low, u.high);
+  return product == 0 ? 32767 : 32767 / (2 * product);
 }
 
 const char* refuses(const Conv& conv) {
