@@ -3,8 +3,10 @@
 // Input and weights are arranged as kernels/depthwise.h says.
 
 // GCC 12 takes the operands that intrinsics leave undefined for a mistake of ours (its bug 105593).
+#ifndef __clang__
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 
 #include "kernels/depthwise.h"

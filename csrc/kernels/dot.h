@@ -12,10 +12,10 @@
 // levels, so that any grid will do; those of 8 bits are the levels themselves. Levels that do not fit a
 // signed byte are kept as (level - shift) / factor, and the sum of the window's bytes makes up for it.
 //
-//   packed = | tables: 64 | start: int32 [groups][o'] | vectors |     o': o rounded up to whole panels
-//   start  = a_offset * the sum of the channel's levels, and what an offset of the multiplied bytes leaves
-//   out vectors [groups][o' / lanes / block][segment][ceil(steps * bits / 8)][block panels] vector  = lanes x
-//   4 bytes; bits [bits * i, bits * (i + 1)) of each byte are the weight of step i
+//   packed  = | tables: 64 | start: int32 [groups][o'] | vectors |     o': o rounded up to whole panels
+//   start   = a_offset * the sum of the channel's levels, and what Form::input_offset leaves out
+//   vectors [groups][o' / lanes / block][segment][ceil(steps * bits / 8)][panels of the block]
+//   vector  = lanes x 4 bytes; bits [bits * i, bits * (i + 1)) of each byte are the weight of step i
 //             (lanes x 2 int16 where values are int16)
 //
 // The last block of a group may have fewer panels. Sums wrap modulo 2^32: they are right if the result fits.

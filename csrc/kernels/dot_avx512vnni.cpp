@@ -3,8 +3,10 @@
 // Weights are packed as kernels/dot.h says, in panels of 16 channels.
 
 // GCC 12 takes the operands that intrinsics leave undefined for a mistake of ours (its bug 105593).
+#ifndef __clang__
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 
 #include <cstring>
