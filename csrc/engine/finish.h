@@ -17,7 +17,9 @@ namespace mixbits {
 struct Rounding {
   enum Kind : std::uint8_t { even, odd, edges } kind = even;  // every integer, every second one, a codebook
   float step = 1;
-  float inverse = 1;   // nearest to 1 / step
+  float inverse = 1;  // nearest to 1 / step
+  bool finite =
+      false;  // infinite values are refused like what is not a number (where floats are rounded alone)
   bool divide = true;  // else value * inverse, corrected once, was shown to give the same codes
   float level_min = 0;
   float low = 0, high = 0;  // the first and the last level: values beyond have their codes

@@ -119,7 +119,7 @@ bool LayerStep::run_job(const Frame& frame, std::int64_t image, int y0, int y1, 
     finish.residual_scale = residual_scale;
     finish.residual_offset = residual_offset;
   }
-  finish.always_numbers = finite_ && residual_kind != Finish::floats && std::isfinite(residual_step);
+  finish.always_numbers = finite_ && (residual_kind == Finish::none || finite_residual);
   finish.limited = limited;
   finish.low = low;
   finish.high = high;

@@ -40,6 +40,7 @@ struct LayerStep final : Step {
 
   Finish::Residual residual_kind = Finish::none;
   PixelPlace residual;
+  bool finite_residual = false;
   float residual_step = 1;
   int residual_scale = 1, residual_offset = 0;
   bool limited = false;

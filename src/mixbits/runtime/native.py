@@ -18,6 +18,7 @@ from mixbits.runtime.values import Floats, Weight
 if TYPE_CHECKING or native_available():
     from mixbits import _native
 
+NOT_FINITE = "input: it holds infinities or NaN; pass finite values"
 KEPT = 4  # engines of different batch sizes that are kept, where samples cannot run one by one
 
 
@@ -54,6 +55,8 @@ class Native:
             return out
         engine, plan = self._engine(1 if self._separable else len(x))
         stopped = engine.run(x, out, len(x) if self._separable else 1)
+        if stopped >= 0 and plan.ran[stopped].of_input:
+            raise ValueError(NOT_FINITE)
         if stopped >= 0:
             raise ValueError(
                 f"{plan.ran[stopped].names[-1]}: not a number (NaN) cannot be quantized; an operation before "
