@@ -73,11 +73,18 @@ struct Rounder {
   const __m128i first_level, byte_step;
 };
 
-// The two roundings that nearly every layer has, on their own.
+// The two roundings that nearly every layer has, on their own, with the layer's limits taken in: codes rise
+// with values, so a limit only moves where they start and end.
 template <int Last>
 struct Thresholds {
-  explicit Thresholds(const Rounding& to) : byte_step(_mm_set1_epi8(static_cast<char>(to.byte_step))) {
-    for (int i = 0; i < Last; ++i) reached[i] = _mm512_set1_ps(to.reached[i]);
+  Thresholds(const Rounding& to, const Finish& f)
+      : byte_step(_mm_set1_epi8(static_cast<char>(to.byte_step))) {
+    for (int i = 0; i < Last; ++i) {
+      float least = to.reached[i];
+      if (f.limited && f.low >= least) least = -__builtin_inff();           // always reached
+      if (f.limited && f.high < to.reached[i]) least = __builtin_nanf("");  // never
+      reached[i] = _mm512_set1_ps(least);
+    }
   }
   __m128i operator()(__m512 value) const {
     __m128i byte = _mm_maskz_mov_epi8(_mm512_cmp_ps_mask(value, reached[0], _CMP_GE_OQ), byte_step);
@@ -92,11 +99,11 @@ struct Thresholds {
 };
 
 struct Reciprocal {
-  explicit Reciprocal(const Rounding& to)
+  Reciprocal(const Rounding& to, const Finish& f)
       : step(_mm512_set1_ps(to.step)),
         inverse(_mm512_set1_ps(to.inverse)),
-        low(_mm512_set1_ps(to.low)),
-        high(_mm512_set1_ps(to.high)),
+        low(_mm512_set1_ps(f.limited && f.low > to.low ? f.low : to.low)),
+        high(_mm512_set1_ps(f.limited && f.high < to.high ? f.high : to.high)),
         first_level(_mm_set1_epi8(static_cast<char>(static_cast<int>(to.level_min)))) {}
   __m128i operator()(__m512 value) const {
     value = _mm512_min_ps(_mm512_max_ps(value, low), high);
@@ -192,19 +199,20 @@ template <Finish::Residual Kind>
 bool finish_strip(const Finish& f, const Strip& strip) {
   const Rounder rounder(f.maps[0].rounding);
   const Rounding& to = f.maps[0].rounding;
-  if (f.byte_maps == 1 && f.floats_out == nullptr && f.always_numbers && !f.limited) {
+  if (f.byte_maps == 1 && f.floats_out == nullptr && f.always_numbers &&
+      (!f.limited || (f.low <= to.high && f.high >= to.low && f.low <= f.high))) {
     if (to.kind != Rounding::edges && to.last == 1) {
-      const Thresholds<1> round(to);
+      const Thresholds<1> round(to, f);
       finish_bytes<Kind>(f, strip, round);
       return true;
     }
     if (to.kind != Rounding::edges && to.last == 3) {
-      const Thresholds<3> round(to);
+      const Thresholds<3> round(to, f);
       finish_bytes<Kind>(f, strip, round);
       return true;
     }
     if (to.kind == Rounding::even && !to.divide && to.byte_step == 1) {
-      const Reciprocal round(to);
+      const Reciprocal round(to, f);
       finish_bytes<Kind>(f, strip, round);
       return true;
     }
