@@ -1,0 +1,425 @@
+"""ONNX with QuantizeLinear and DequantizeLinear: real integer types, run by every ONNX runtime.
+
+Built from the program that ships, an instruction at a time, so that both compute the same: the packed levels
+are the initializers, batch norm is in the scales and biases of layers as the engine has it there, and codes
+that only move are moved as integers. See ``docs/exports.md`` for what runtimes make of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from mixbits.core import grid as grids
+from mixbits.core.grid import Codebook, Grid, Uniform, grid_from_json
+from mixbits.core.infer import largest_level
+from mixbits.core.instructions import INSTRUCTIONS
+from mixbits.core.program import Instruction, PackedWeight, Program
+from mixbits.export.onnx_graph import Exported, OnnxGraph
+from mixbits.export.operations import FLOAT, MOVES, ON_FLOATS, Call
+from mixbits.export.quantizing import (
+    code_origins,
+    codebook_codes,
+    level_table,
+    program_of,
+    steps_of,
+    weight_steps,
+)
+from mixbits.graph.quant_graph import QuantGraph
+from mixbits.runtime.executor import unpack_weight
+
+Runtime: TypeAlias = Literal["any", "onnxruntime"]
+Smallest: TypeAlias = Literal[8, 4, 2]
+
+# Integer types by their bits, signed and unsigned. 16 bits are for weights on a bipolar grid of 8 bits.
+CONTAINERS = {
+    2: (ir.DataType.INT2, ir.DataType.UINT2),
+    4: (ir.DataType.INT4, ir.DataType.UINT4),
+    8: (ir.DataType.INT8, ir.DataType.UINT8),
+    16: (ir.DataType.INT16, ir.DataType.UINT16),
+}
+# Operator set and format version in which the smallest type exists.
+VERSIONS = {8: (21, 10), 4: (21, 10), 2: (25, 13)}
+LAYERS = ("conv1d", "conv2d", "linear")
+# x86 processors without VNNI add two products of a uint8 and an int8 in saturating int16.
+PAIR_LIMIT = 2**15 - 1
+LARGEST_BIAS = 2**30  # in accumulator units: well inside the int32 that onnxruntime holds biases in
+FINE_BIAS = 2**24  # accumulator units of the bias of a channel whose weights do not matter
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Integers in the graph: their real value is ``step * integer + offset``, within ``limits``."""
+
+    integers: ir.Value
+    dtype: ir.DataType
+    step: np.float32
+    offset: np.float32 = np.float32(0)
+    limits: tuple[int, int] | None = None  # integers beyond are not levels, but the type holds them
+
+
+def onnx_qdq(
+    network: QuantGraph | Program, *, runtime: Runtime = "any", smallest: Smallest = 4
+) -> Exported:
+    """The ONNX model of a network with a quantizer on every site, or of its program.
+
+    ``smallest`` is the narrowest integer type that may appear, in bits: 4 needs opset 21, 2 needs opset 25
+    and IR version 13. ``runtime="onnxruntime"`` takes 8-bit types throughout, whose convolutions and matrix
+    products it runs in integers. Raises ``ValueError`` naming the site or layer that cannot be exported.
+    """
+    if runtime not in get_args(Runtime) or smallest not in get_args(Smallest):
+        raise ValueError(f"no such target: runtime {runtime!r}, smallest {smallest!r} (8, 4 or 2 bits)")
+    if runtime == "onnxruntime":
+        smallest = 8
+    exporter = _Exporter(program_of(network), runtime, smallest)
+    return exporter.export()
+
+
+class _Exporter:
+    """One export: the graph that grows, and which of its values are integers."""
+
+    def __init__(self, program: Program, runtime: Runtime, smallest: Smallest) -> None:
+        self.program = program
+        self.runtime = runtime
+        self.smallest = smallest
+        self.graph = OnnxGraph(program, batch=None)
+        self.origins = code_origins(self.graph)
+        self.steps = steps_of(program)
+        self.wide = set(self._wide())
+        self.codes: dict[str, Codes] = {}
+        self.floats: dict[str, ir.Value] = {"input": self.graph.input}
+        self.weights: dict[Any, ir.Value] = {}
+        self.producers = {step.output: step for step in program.instructions}
+        self.seen = Counter[str]()  # constructs that the notes are about
+
+    def export(self) -> Exported:
+        """The whole model."""
+        for step in self.program.instructions:
+            self.graph.scope = step.output
+            if step.op == "quantize":
+                self.codes[step.output] = self._quantize(step)
+            elif step.op in LAYERS:
+                self._keep(step, self._layer(step))
+            elif step.output in self.origins and not self._is_shifted_pad(step):
+                self._move(step)
+            else:
+                table = MOVES | ON_FLOATS
+                if step.op not in table:
+                    raise ValueError(f"{step.name}: no ONNX operation for {step.op}; open an issue")
+                inputs = [self._float(name) for name in step.inputs]
+                self._keep(step, table[step.op](self._call(step), *inputs))
+        opset, ir_version = VERSIONS[self.smallest if self._uses_two_bits() else max(self.smallest, 4)]
+        output = self._float(self.program.output)
+        return self.graph.finish(
+            output, opsets={"": opset}, ir_version=ir_version, notes=tuple(self._notes())
+        )
+
+    def _keep(self, step: Instruction, value: ir.Value) -> None:
+        self.graph.name(value, step.output)
+        self.floats[step.output] = value
+
+    def _call(self, step: Instruction, dtype: np.dtype[Any] = FLOAT) -> Call:
+        shapes = [self.graph.specs[name].shape for name in step.inputs]
+        return Call(self.graph, step.attrs, shapes, dtype)
+
+    # --- activations ---------------------------------------------------------------------------------------
+
+    def _container(self, low: int, high: int, *, at_least: int = 0) -> ir.DataType:
+        """The narrowest allowed type that holds a range."""
+        for bits, (signed, unsigned) in CONTAINERS.items():
+            if bits >= max(self.smallest, at_least):
+                if low < 0 and -(1 << (bits - 1)) <= low and high < 1 << (bits - 1):
+                    return signed
+                if low >= 0 and high < 1 << bits:
+                    return unsigned
+        raise AssertionError("levels fit 16 bits")
+
+    def _wide(self) -> Iterable[str]:
+        """Codes that need 8 bits whatever their grid.
+
+        onnxruntime 1.31 moves 4-bit types through few operations, and fails to load models where a
+        convolution with 8-bit weights reads them.
+        """
+        for step in self.program.instructions:
+            for name in step.inputs:
+                if name not in self.origins:
+                    continue
+                if step.op in LAYERS:
+                    grid = self.program.weights[step.attrs["weight"]].grid
+                    narrow = self._container(grid.level_min, grid.level_max).bitwidth <= 4
+                    if not narrow:
+                        yield self.origins[name]
+                elif step.op == "quantize" or step.op in MOVES:
+                    yield self.origins[name]
+
+    def _quantize(self, step: Instruction) -> Codes:
+        """Integers of a site."""
+        grid, size = grid_from_json(step.attrs["grid"]), self.steps[step.output]
+        if isinstance(grid, Codebook):
+            self.seen["codebook"] += 1
+            name = step.attrs["step"]
+            number = self.graph.constant(size, name=name)
+            codes, bits = codebook_codes(self.graph, self._float(step.inputs[0]), number, grid)
+            dtype = self._container(grid.level_min, grid.level_max, at_least=8)
+            table = self.graph.constant(level_table(grid, bits), dtype.numpy())
+            levels = self.graph.op("Gather", table, codes)
+            self.graph.name(levels, step.output)
+            return Codes(levels, dtype, size)
+        if grid.form == "bipolar":
+            return self._quantize_bipolar(step, grid, size)
+        name, low, high = self._without_clamp(step, grid, size)
+        return self._quantize_linear(step, self._float(name), size, range_of=grid, limits=(low, high))
+
+    def _without_clamp(self, step: Instruction, grid: Uniform, size: np.float32) -> tuple[str, int, int]:
+        """The value to quantize, and the lowest and highest level: a clamp in front becomes part of these.
+
+        Rounding is monotone, so that the limits may be rounded instead of what they limit.
+        """
+        (name,), low, high = step.inputs, grid.level_min, grid.level_max
+        before = self.producers.get(name)
+        if before is None or before.op != "clamp":
+            return name, low, high
+        levels = [
+            low if limit is None else int(grids.quantize(np.float32(limit), size, grid)) + low
+            for limit in (before.attrs["low"], before.attrs["high"])
+        ]
+        return before.inputs[0], levels[0], levels[1] if before.attrs["high"] is not None else high
+
+    def _quantize_bipolar(self, step: Instruction, grid: Uniform, size: np.float32) -> Codes:
+        """Odd levels are every second integer, one step aside: 2 * step * integer + step.
+
+        The shift is by an even number of integers, so that ties go where the definition lets them go; with
+        one bit that takes integers 0 and 1 less a step.
+        """
+        offset = -size if grid.bits == 1 else size
+        x = self.graph.op("Sub", self._float(step.inputs[0]), self.graph.constant(offset))
+        integers = Uniform(grid.bits, signed=grid.bits > 1)
+        self.seen["bipolar"] += 1
+        limits = (integers.level_min, integers.level_max)
+        return self._quantize_linear(step, x, 2 * size, range_of=integers, limits=limits, offset=offset)
+
+    def _quantize_linear(
+        self,
+        step: Instruction,
+        x: ir.Value,
+        size: np.float32,
+        *,
+        range_of: Uniform,
+        limits: tuple[int, int],
+        offset: np.float32 = np.float32(0),
+    ) -> Codes:
+        """QuantizeLinear, and a Clip where the type holds more integers than ``limits``.
+
+        8-bit integers are clipped as integers. 4-bit ones cannot be: their floats are, behind
+        DequantizeLinear, as onnxruntime 1.31 does not load a float Clip in front of a 4-bit QuantizeLinear.
+        """
+        at_least = 8 if step.output in self.wide else 0
+        dtype = self._container(range_of.level_min, range_of.level_max, at_least=at_least)
+        zero = self.graph.constant(0, dtype.numpy())
+        integers = self.graph.op("QuantizeLinear", x, self.graph.constant(size), zero)
+        if limits == _range(dtype):
+            self.graph.name(integers, step.output)
+            return Codes(integers, dtype, size, offset)
+        self.seen[f"clip{dtype.bitwidth}"] += 1
+        if dtype.bitwidth < 8:
+            self.graph.name(integers, step.output)
+            return Codes(integers, dtype, size, offset, limits)
+        low, high = (self.graph.constant(limit, dtype.numpy()) for limit in limits)
+        clipped = self.graph.op("Clip", integers, low, high)
+        self.graph.name(clipped, step.output)
+        return Codes(clipped, dtype, size, offset)
+
+    def _is_shifted_pad(self, step: Instruction) -> bool:
+        """Whether zeros are added to codes of which no integer is zero."""
+        codes = self.codes.get(step.inputs[0])
+        zeros = step.op == "pad" and step.attrs["mode"] == "constant"
+        return zeros and codes is not None and codes.offset != 0
+
+    def _move(self, step: Instruction) -> None:
+        """Codes stay integers."""
+        (name,) = step.inputs
+        if name not in self.codes:  # padded before, see _is_shifted_pad
+            self._keep(step, MOVES[step.op](self._call(step), self.floats[name]))
+            return
+        codes = self.codes[name]
+        moved = MOVES[step.op](self._call(step, np.dtype(codes.dtype.numpy())), codes.integers)
+        self.graph.name(moved, step.output)
+        self.codes[step.output] = Codes(moved, codes.dtype, codes.step, codes.offset, codes.limits)
+
+    def _float(self, name: str) -> ir.Value:
+        """A value in float32, dequantized once however often it is read."""
+        if name not in self.floats:
+            codes, graph = self.codes[name], self.graph
+            zero = graph.constant(0, codes.dtype.numpy())
+            x = graph.op("DequantizeLinear", codes.integers, graph.constant(codes.step), zero)
+            if codes.limits is not None:
+                low, high = (graph.constant(np.float32(limit) * codes.step) for limit in codes.limits)
+                x = graph.op("Clip", x, low, high)
+            if codes.offset:
+                x = graph.op("Add", x, graph.constant(codes.offset))
+            self.floats[name] = x
+        return self.floats[name]
+
+    # --- layers --------------------------------------------------------------------------------------------
+
+    def _layer(self, step: Instruction) -> ir.Value:
+        """A convolution or matrix product of dequantized tensors, and its bias."""
+        (name,), attrs, graph = step.inputs, step.attrs, self.graph
+        x, linear = self._float(name), step.op == "linear"
+        levels, scale = self._levels(step)
+        dtype = self._container(int(levels.min()), int(levels.max()))
+        grid = self.program.weights[attrs["weight"]].grid
+        dtype = max(dtype, self._container(grid.level_min, grid.level_max), key=lambda t: t.bitwidth)
+        self.seen[f"{step.op if linear else 'conv'}:{dtype.name}"] += 1
+        weight = self._weight(attrs["weight"], levels.T if linear else levels, dtype)
+        weight = graph.op("DequantizeLinear", weight, graph.constant(scale), axis=1 if linear else 0)
+        bias = self.program.constants[attrs["bias"]]
+        if linear:
+            y = graph.op("MatMul", x, weight)
+            if not bias.any():
+                return y
+            if self.runtime == "onnxruntime":
+                # A matrix product with an Add would become a Gemm, which it runs in float.
+                return graph.op("Sub", y, graph.constant(-bias))
+            return graph.op("Add", y, graph.constant(bias, name=attrs["bias"]))
+        before, after = zip(*attrs["padding"], strict=True)
+        inside = self.runtime == "onnxruntime" and self._bias_fits(bias, scale, name)
+        inner = graph.constant(bias, name=attrs["bias"]) if inside and bias.any() else None
+        y = graph.op(
+            "Conv",
+            *((x, weight) if inner is None else (x, weight, inner)),
+            kernel_shape=levels.shape[2:],
+            strides=attrs["stride"],
+            pads=[*before, *after],
+            dilations=attrs["dilation"],
+            group=attrs["groups"],
+        )
+        if inside or not bias.any():
+            return y
+        # Not an input of the convolution, whose bias onnxruntime rounds to the unit of the integer sums.
+        channel = bias.reshape(-1, *(1,) * len(attrs["stride"]))
+        return graph.op("Add", y, graph.constant(channel, name=attrs["bias"]))
+
+    def _levels(self, step: Instruction) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
+        """Levels [O, ...] of a layer's weight and the float scale of each channel.
+
+        For onnxruntime the levels are multiplied by a power of two, and the scale divided: it rounds biases
+        to int32 in units of an integer sum's least step, which becomes that much finer. They stay small
+        enough that no pair of products saturates. A channel of scale zero gets a scale that is good for its
+        bias.
+        """
+        attrs, (name,) = step.attrs, step.inputs
+        weight = self.program.weights[attrs["weight"]]
+        levels = unpack_weight(attrs["weight"], weight).levels
+        size = self.steps[self.origins[name]]
+        scale = weight_steps(self.program.constants[attrs["scale"]], size)
+        if self.runtime != "onnxruntime":
+            return levels, scale
+        factor = _factor(weight, self.graph.specs[name].grid)
+        off = scale == 0
+        bias = np.abs(self.program.constants[attrs["bias"]])
+        units = np.where(bias > 0, bias / (float(size) * FINE_BIAS), 1).astype(np.float32)
+        levels = np.where(off.reshape(-1, *(1,) * (levels.ndim - 1)), 0, levels * factor)
+        return levels.astype(np.int16), np.where(off, units, scale / np.float32(factor))
+
+    def _bias_fits(self, bias: NDArray[np.float32], scale: NDArray[np.float32], name: str) -> bool:
+        """Whether int32 holds the biases in units of a layer's integer sums."""
+        unit = np.abs(scale.astype(np.float64)) * float(self.steps[self.origins[name]])
+        return bool((np.abs(bias) <= unit * LARGEST_BIAS).all())
+
+    def _weight(self, name: str, levels: NDArray[np.int16], dtype: ir.DataType) -> ir.Value:
+        """The initializer of a weight, one for all layers that read it in the same layout."""
+        key = (name, levels.shape, levels.tobytes())
+        if key not in self.weights:
+            self.weights[key] = self.graph.constant(levels, dtype.numpy(), name=name)
+        return self.weights[key]
+
+    # --- notes ---------------------------------------------------------------------------------------------
+
+    def _uses_two_bits(self) -> bool:
+        used = {str(key).rpartition(":")[2] for key in self.seen}
+        narrow = {codes.dtype for codes in self.codes.values()}
+        return bool(used & {"INT2", "UINT2"} or narrow & {ir.DataType.INT2, ir.DataType.UINT2})
+
+    def _notes(self) -> Iterable[str]:
+        """What the file holds, and what runtimes were seen to do with it."""
+        seen: Mapping[str, int] = self.seen
+        layers = {key: count for key, count in seen.items() if ":" in key}
+        types = Counter[str]()
+        for key, count in layers.items():
+            types[key.partition(":")[2]] += count
+        yield "weights: " + ", ".join(f"{count} x {name}" for name, count in sorted(types.items()))
+        held = Counter(codes.dtype.name for name, codes in self.codes.items() if self.origins[name] == name)
+        yield "activations: " + ", ".join(f"{count} x {name}" for name, count in sorted(held.items()))
+        narrow = sum(count for key, count in layers.items() if key.endswith("INT4"))
+        if narrow:
+            yield (
+                f"{narrow} layers have 4-bit weights: half the bytes of INT8, but onnxruntime 1.31 computes "
+                "these layers in float and dequantizes their weights at every call (a 1024 x 1024 MatMul 1.8 "
+                "times as long as float with 64 rows, 30 times with one). For speed there, export with "
+                "--for onnxruntime"
+            )
+        if any(key.endswith("INT2") for key in layers):
+            yield (
+                "2-bit weights: onnxruntime 1.31 loads such layers beside quantized activations only with "
+                "graph optimizations disabled (ORT_DISABLE_ALL), and computes in float"
+            )
+        if seen["clip4"] or seen["clip8"]:
+            yield (
+                f"{seen['clip4'] + seen['clip8']} activations use fewer integers than their type has and "
+                "are limited by a Clip: of integers behind QuantizeLinear in 8-bit types, of floats behind "
+                "DequantizeLinear in narrower ones"
+            )
+        if self.runtime == "any":
+            yield (
+                "biases are added behind the layers: onnxruntime would round a convolution's own bias to "
+                "the unit of its integer sums"
+            )
+        else:
+            yield (
+                "onnxruntime 1.31 runs a convolution in integers where its result is quantized at once; one "
+                "that is added to something first runs in float. It rounds the biases of the former to int32 "
+                "units of the integer sums: up to half a unit, which can move a value across a tie"
+            )
+            if seen["wide pairs"]:
+                yield (
+                    f"{seen['wide pairs']} layers have 8-bit weights and 8-bit inputs: on x86 processors "
+                    "without VNNI onnxruntime saturates pairs of products. Use 7 bits for one of the two"
+                )
+        if seen["bipolar"]:
+            yield f"{seen['bipolar']} activations are on a bipolar grid: layers that read them run in float"
+        if seen["codebook"]:
+            yield (
+                f"{seen['codebook']} activations are on a codebook: a binary search of compares and gathers, "
+                "slower than QuantizeLinear"
+            )
+        if any(key.endswith("INT16") for key in layers):
+            yield "8-bit bipolar weights are odd integers up to 255, so they are stored as INT16"
+
+
+def _range(dtype: ir.DataType) -> tuple[int, int]:
+    """Lowest and highest integer of a type."""
+    signed = dtype.name.startswith("INT")
+    whole = Uniform(min(dtype.bitwidth, grids.MAX_BITS), signed=signed)
+    return whole.level_min, whole.level_max
+
+
+def _factor(weight: PackedWeight, activation: Grid | None) -> int:
+    """The largest power of two by which levels may be multiplied: int8, and no pair of products saturates.
+
+    Signed 8-bit inputs count as 255, because they are shifted to unsigned where signed ones are slow.
+    """
+    assert activation is not None
+    largest = largest_level(weight.grid)
+    inputs = 255 if activation.signed else activation.level_max
+    most = min(127, PAIR_LIMIT // (2 * inputs))
+    return 1 << max((most // largest).bit_length() - 1, 0)
+
+
+assert set(LAYERS) | {"quantize"} | set(MOVES) | set(ON_FLOATS) == set(INSTRUCTIONS)
