@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 import mixbits
 from mixbits.core.check import specs
@@ -101,7 +102,7 @@ class OnnxGraph:
         self, output: ir.Value, *, opsets: dict[str, int], ir_version: int, notes: tuple[str, ...]
     ) -> Exported:
         """The model whose output is this value."""
-        if output.producer() is None or output.name in self.specs and output is self.input:
+        if output.producer() is None:  # the input or a constant, which have their own names
             output = self.op("Identity", output)
         output.name = "output"
         output.dtype = ir.DataType.FLOAT
@@ -118,6 +119,7 @@ class OnnxGraph:
             graph, ir_version=ir_version, producer_name="mixbits", producer_version=mixbits.__version__
         )
         model.metadata_props["mixbits.about"] = json.dumps(dict(self.program.about))
+        RemoveUnusedNodesPass()(model)
         return Exported(model, notes)
 
     def _unique(self, wanted: str) -> str:

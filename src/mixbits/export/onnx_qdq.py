@@ -20,7 +20,7 @@ from mixbits.core import grid as grids
 from mixbits.core.grid import Codebook, Grid, Uniform, grid_from_json
 from mixbits.core.infer import largest_level
 from mixbits.core.instructions import INSTRUCTIONS
-from mixbits.core.program import Instruction, PackedWeight, Program
+from mixbits.core.program import Instruction, Program
 from mixbits.export.onnx_graph import Exported, OnnxGraph
 from mixbits.export.operations import FLOAT, MOVES, ON_FLOATS, Call
 from mixbits.export.quantizing import (
@@ -59,14 +59,12 @@ class Codes:
 
     integers: ir.Value
     dtype: ir.DataType
-    step: np.float32
-    offset: np.float32 = np.float32(0)
+    step: float
+    offset: float = 0.0
     limits: tuple[int, int] | None = None  # integers beyond are not levels, but the type holds them
 
 
-def onnx_qdq(
-    network: QuantGraph | Program, *, runtime: Runtime = "any", smallest: Smallest = 4
-) -> Exported:
+def onnx_qdq(network: QuantGraph | Program, *, runtime: Runtime = "any", smallest: Smallest = 4) -> Exported:
     """The ONNX model of a network with a quantizer on every site, or of its program.
 
     ``smallest`` is the narrowest integer type that may appear, in bits: 4 needs opset 21, 2 needs opset 25
@@ -91,11 +89,12 @@ class _Exporter:
         self.graph = OnnxGraph(program, batch=None)
         self.origins = code_origins(self.graph)
         self.steps = steps_of(program)
+        self.producers = {step.output: step for step in program.instructions}
         self.wide = set(self._wide())
         self.codes: dict[str, Codes] = {}
         self.floats: dict[str, ir.Value] = {"input": self.graph.input}
+        self.dequantized: dict[str, ir.Value] = {}  # codes as floats, less their offset
         self.weights: dict[Any, ir.Value] = {}
-        self.producers = {step.output: step for step in program.instructions}
         self.seen = Counter[str]()  # constructs that the notes are about
 
     def export(self) -> Exported:
@@ -143,20 +142,30 @@ class _Exporter:
     def _wide(self) -> Iterable[str]:
         """Codes that need 8 bits whatever their grid.
 
-        onnxruntime 1.31 moves 4-bit types through few operations, and fails to load models where a
-        convolution with 8-bit weights reads them.
+        onnxruntime 1.31 moves 4-bit types through few operations, fails to load models where a convolution
+        with 8-bit weights reads them, and where a Clip stands between them and a matrix product, it computes
+        the product with dynamically quantized inputs (MatMulNBits).
         """
         for step in self.program.instructions:
             for name in step.inputs:
                 if name not in self.origins:
                     continue
-                if step.op in LAYERS:
-                    grid = self.program.weights[step.attrs["weight"]].grid
-                    narrow = self._container(grid.level_min, grid.level_max).bitwidth <= 4
-                    if not narrow:
-                        yield self.origins[name]
-                elif step.op == "quantize" or step.op in MOVES:
+                moved = step.op == "quantize" or step.op in MOVES
+                if moved or (step.op in LAYERS and self._reads_eight_bits(step)):
                     yield self.origins[name]
+
+    def _reads_eight_bits(self, step: Instruction) -> bool:
+        """Whether a layer is better off with an 8-bit input."""
+        grid = self.program.weights[step.attrs["weight"]].grid
+        if self._container(grid.level_min, grid.level_max).bitwidth >= 8:
+            return True
+        source = self.producers[self.origins[step.inputs[0]]]
+        return step.op == "linear" and not self._fills_its_type(grid_from_json(source.attrs["grid"]))
+
+    def _fills_its_type(self, grid: Grid) -> bool:
+        """Whether all integers of the narrowest type are levels."""
+        limits = (grid.level_min, grid.level_max)
+        return isinstance(grid, Uniform) and grid.spacing == 1 and limits == _range(self._container(*limits))
 
     def _quantize(self, step: Instruction) -> Codes:
         """Integers of a site."""
@@ -176,22 +185,25 @@ class _Exporter:
         name, low, high = self._without_clamp(step, grid, size)
         return self._quantize_linear(step, self._float(name), size, range_of=grid, limits=(low, high))
 
-    def _without_clamp(self, step: Instruction, grid: Uniform, size: np.float32) -> tuple[str, int, int]:
+    def _without_clamp(self, step: Instruction, grid: Uniform, size: float) -> tuple[str, int, int]:
         """The value to quantize, and the lowest and highest level: a clamp in front becomes part of these.
 
         Rounding is monotone, so that the limits may be rounded instead of what they limit.
         """
-        (name,), low, high = step.inputs, grid.level_min, grid.level_max
+        (name,) = step.inputs
         before = self.producers.get(name)
         if before is None or before.op != "clamp":
-            return name, low, high
-        levels = [
-            low if limit is None else int(grids.quantize(np.float32(limit), size, grid)) + low
-            for limit in (before.attrs["low"], before.attrs["high"])
-        ]
-        return before.inputs[0], levels[0], levels[1] if before.attrs["high"] is not None else high
+            return name, grid.level_min, grid.level_max
 
-    def _quantize_bipolar(self, step: Instruction, grid: Uniform, size: np.float32) -> Codes:
+        def level(limit: float | None, otherwise: int) -> int:
+            if limit is None:
+                return otherwise
+            return grid.levels[int(grids.quantize(np.asarray(limit, np.float32), size, grid))]
+
+        low, high = before.attrs["low"], before.attrs["high"]
+        return before.inputs[0], level(low, grid.level_min), level(high, grid.level_max)
+
+    def _quantize_bipolar(self, step: Instruction, grid: Uniform, size: float) -> Codes:
         """Odd levels are every second integer, one step aside: 2 * step * integer + step.
 
         The shift is by an even number of integers, so that ties go where the definition lets them go; with
@@ -208,11 +220,11 @@ class _Exporter:
         self,
         step: Instruction,
         x: ir.Value,
-        size: np.float32,
+        size: float,
         *,
         range_of: Uniform,
         limits: tuple[int, int],
-        offset: np.float32 = np.float32(0),
+        offset: float = 0.0,
     ) -> Codes:
         """QuantizeLinear, and a Clip where the type holds more integers than ``limits``.
 
@@ -252,18 +264,22 @@ class _Exporter:
         self.graph.name(moved, step.output)
         self.codes[step.output] = Codes(moved, codes.dtype, codes.step, codes.offset, codes.limits)
 
-    def _float(self, name: str) -> ir.Value:
-        """A value in float32, dequantized once however often it is read."""
-        if name not in self.floats:
-            codes, graph = self.codes[name], self.graph
+    def _float(self, name: str, *, shifted: bool = True) -> ir.Value:
+        """A value in float32, dequantized once however often it is read; without its offset if so asked."""
+        codes, graph = self.codes.get(name), self.graph
+        if codes is None or (shifted and name in self.floats):
+            return self.floats[name]
+        if name not in self.dequantized:
             zero = graph.constant(0, codes.dtype.numpy())
             x = graph.op("DequantizeLinear", codes.integers, graph.constant(codes.step), zero)
             if codes.limits is not None:
-                low, high = (graph.constant(np.float32(limit) * codes.step) for limit in codes.limits)
+                low, high = (graph.constant(limit * codes.step) for limit in codes.limits)
                 x = graph.op("Clip", x, low, high)
-            if codes.offset:
-                x = graph.op("Add", x, graph.constant(codes.offset))
-            self.floats[name] = x
+            self.dequantized[name] = x
+        x = self.dequantized[name]
+        if not shifted or not codes.offset:
+            return x
+        self.floats[name] = graph.op("Add", x, graph.constant(codes.offset))
         return self.floats[name]
 
     # --- layers --------------------------------------------------------------------------------------------
@@ -271,23 +287,29 @@ class _Exporter:
     def _layer(self, step: Instruction) -> ir.Value:
         """A convolution or matrix product of dequantized tensors, and its bias."""
         (name,), attrs, graph = step.inputs, step.attrs, self.graph
-        x, linear = self._float(name), step.op == "linear"
+        linear = step.op == "linear"
         levels, scale = self._levels(step)
-        dtype = self._container(int(levels.min()), int(levels.max()))
         grid = self.program.weights[attrs["weight"]].grid
-        dtype = max(dtype, self._container(grid.level_min, grid.level_max), key=lambda t: t.bitwidth)
+        low, high = min(grid.level_min, int(levels.min())), max(grid.level_max, int(levels.max()))
+        # A float input would turn the product of an 8-bit weight into a MatMulNBits, see _wide.
+        dtype = self._container(low, high, at_least=16 if linear and name not in self.codes else 0)
         self.seen[f"{step.op if linear else 'conv'}:{dtype.name}"] += 1
         weight = self._weight(attrs["weight"], levels.T if linear else levels, dtype)
         weight = graph.op("DequantizeLinear", weight, graph.constant(scale), axis=1 if linear else 0)
         bias = self.program.constants[attrs["bias"]]
         if linear:
-            y = graph.op("MatMul", x, weight)
+            codes = self.codes.get(name)
+            if codes is not None and codes.offset:  # w (x + offset) = w x + offset * sum of w
+                sums = levels.sum(axis=1, dtype=np.int64) * scale.astype(np.float64)
+                bias = (bias + codes.offset * sums).astype(np.float32)
+            y = graph.op("MatMul", self._float(name, shifted=False), weight)
             if not bias.any():
                 return y
             if self.runtime == "onnxruntime":
                 # A matrix product with an Add would become a Gemm, which it runs in float.
-                return graph.op("Sub", y, graph.constant(-bias))
+                return graph.op("Sub", y, graph.constant(-bias, name=attrs["bias"]))
             return graph.op("Add", y, graph.constant(bias, name=attrs["bias"]))
+        x = self._float(name)
         before, after = zip(*attrs["padding"], strict=True)
         inside = self.runtime == "onnxruntime" and self._bias_fits(bias, scale, name)
         inner = graph.constant(bias, name=attrs["bias"]) if inside and bias.any() else None
@@ -321,16 +343,20 @@ class _Exporter:
         scale = weight_steps(self.program.constants[attrs["scale"]], size)
         if self.runtime != "onnxruntime":
             return levels, scale
-        factor = _factor(weight, self.graph.specs[name].grid)
+        grid = self.graph.specs[name].grid
+        assert grid is not None, "a layer reads codes"
+        if pair_limit(grid) < largest_level(weight.grid):
+            self.seen["saturating"] += 1
+        factor = largest_factor(weight.grid, grid)
         off = scale == 0
         bias = np.abs(self.program.constants[attrs["bias"]])
-        units = np.where(bias > 0, bias / (float(size) * FINE_BIAS), 1).astype(np.float32)
+        units = np.where(bias > 0, bias / (size * FINE_BIAS), 1).astype(np.float32)
         levels = np.where(off.reshape(-1, *(1,) * (levels.ndim - 1)), 0, levels * factor)
         return levels.astype(np.int16), np.where(off, units, scale / np.float32(factor))
 
     def _bias_fits(self, bias: NDArray[np.float32], scale: NDArray[np.float32], name: str) -> bool:
         """Whether int32 holds the biases in units of a layer's integer sums."""
-        unit = np.abs(scale.astype(np.float64)) * float(self.steps[self.origins[name]])
+        unit = np.abs(scale.astype(np.float64)) * self.steps[self.origins[name]]
         return bool((np.abs(bias) <= unit * LARGEST_BIAS).all())
 
     def _weight(self, name: str, levels: NDArray[np.int16], dtype: ir.DataType) -> ir.Value:
@@ -387,9 +413,9 @@ class _Exporter:
                 "that is added to something first runs in float. It rounds the biases of the former to int32 "
                 "units of the integer sums: up to half a unit, which can move a value across a tie"
             )
-            if seen["wide pairs"]:
+            if seen["saturating"]:
                 yield (
-                    f"{seen['wide pairs']} layers have 8-bit weights and 8-bit inputs: on x86 processors "
+                    f"{seen['saturating']} layers have 8-bit weights and 8-bit inputs: on x86 processors "
                     "without VNNI onnxruntime saturates pairs of products. Use 7 bits for one of the two"
                 )
         if seen["bipolar"]:
@@ -410,16 +436,22 @@ def _range(dtype: ir.DataType) -> tuple[int, int]:
     return whole.level_min, whole.level_max
 
 
-def _factor(weight: PackedWeight, activation: Grid | None) -> int:
-    """The largest power of two by which levels may be multiplied: int8, and no pair of products saturates.
+def pair_limit(activation: Grid) -> int:
+    """The largest weight level of which no pair of products saturates int16.
 
-    Signed 8-bit inputs count as 255, because they are shifted to unsigned where signed ones are slow.
+    Signed inputs count as 255, because onnxruntime shifts them to unsigned where signed ones are slow.
     """
-    assert activation is not None
-    largest = largest_level(weight.grid)
-    inputs = 255 if activation.signed else activation.level_max
-    most = min(127, PAIR_LIMIT // (2 * inputs))
-    return 1 << max((most // largest).bit_length() - 1, 0)
+    return PAIR_LIMIT // (2 * (255 if activation.level_min < 0 else activation.level_max))
+
+
+def largest_factor(weight: Grid, activation: Grid) -> int:
+    """The largest power of two that keeps a weight's levels within int8 and :func:`pair_limit`, at least 1.
+
+    >>> [largest_factor(Uniform(b, signed=True), Uniform(8, signed=False)) for b in (2, 7, 8)]
+    [32, 1, 1]
+    """
+    most = min(127, pair_limit(activation)) // largest_level(weight)
+    return 1 << max(most.bit_length() - 1, 0)
 
 
 assert set(LAYERS) | {"quantize"} | set(MOVES) | set(ON_FLOATS) == set(INSTRUCTIONS)

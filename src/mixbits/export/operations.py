@@ -153,7 +153,7 @@ def max_pool(call: Call, x: ir.Value) -> ir.Value:
 
 
 def avg_pool(call: Call, x: ir.Value) -> ir.Value:
-    """Means of windows: over the whole window with its padding, then times window / count where they differ."""
+    """Means of windows: of all their elements with padding, times elements / count where these differ."""
     attrs = call.attrs
     kernel, stride, padding = attrs["kernel"], attrs["stride"], attrs["padding"]
     counts, behind = _reach(call, [1] * len(kernel))

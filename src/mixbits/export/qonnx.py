@@ -216,7 +216,9 @@ class _Exporter:
         if not (factor == 1).all():
             self.seen.add("factor")
             y = self.graph.op("Mul", y, self.graph.constant(factor))
-        return self.graph.op("Add", y, self.graph.constant(bias, name=step.attrs["bias"])) if bias.any() else y
+        return (
+            self.graph.op("Add", y, self.graph.constant(bias, name=step.attrs["bias"])) if bias.any() else y
+        )
 
     def _notes(self) -> Iterable[str]:
         """What readers of the file should know."""
@@ -225,8 +227,8 @@ class _Exporter:
         wide = [name for name, grid in grids.items() if grid != ONE_BIT and width_of(grid).bits > grid.bits]
         if wide:
             yield (
-                f"{len(wide)} weights (first {wide[0]}) are on a bipolar grid or a codebook: their levels are "
-                "exact, in the narrowest integers that hold them, which have more bits than the weights"
+                f"{len(wide)} weights (first {wide[0]}) are on a bipolar grid or a codebook: their levels "
+                "are exact, in the narrowest integers that hold them, which have more bits than the weights"
             )
         if "shifted" in self.seen:
             yield "bipolar activations of 2 bits or more stand one step aside: Sub, quantizer, Add"

@@ -29,18 +29,18 @@ def code_origins(graph: OnnxGraph) -> Mapping[str, str]:
     return origins
 
 
-def steps_of(program: Program) -> Mapping[str, np.float32]:
-    """The step of every ``quantize``, by its output."""
+def steps_of(program: Program) -> Mapping[str, float]:
+    """The step of every ``quantize``, a float32 number, by its output."""
     return {
-        step.output: np.float32(program.constants[step.attrs["step"]])
+        step.output: float(program.constants[step.attrs["step"]])
         for step in program.instructions
         if step.op == "quantize"
     }
 
 
-def weight_steps(scale: NDArray[np.float32], step: np.float32) -> NDArray[np.float32]:
+def weight_steps(scale: NDArray[np.float32], step: float) -> NDArray[np.float32]:
     """Weight step x batch-norm scale of each channel: what a layer multiplies by, over its input's step."""
-    return (scale.astype(np.float64) / float(step)).astype(np.float32)
+    return (scale.astype(np.float64) / step).astype(np.float32)
 
 
 def codebook_codes(graph: OnnxGraph, x: ir.Value, step: ir.Value, grid: Codebook) -> tuple[ir.Value, int]:
