@@ -90,13 +90,18 @@ class OnnxGraph:
 
     def batch_size(self) -> ir.Value:
         """The number of samples, int64 [1]."""
+        if isinstance(self._batch, int):
+            return self.shape(self._batch)
         return self.op("Shape", self.input, start=0, end=1)
 
     def name(self, value: ir.Value, name: str) -> None:
-        """Give the result of a node the name that the program gives it."""
+        """Give the result of a node the name that the program gives it, and its shape where that is fixed."""
         node = value.producer()
-        if node is not None and name not in self._taken:
-            value.name = node.name = self._unique(name)
+        if node is None or name in self._taken:
+            return
+        value.name = node.name = self._unique(name)
+        if isinstance(self._batch, int):
+            value.shape, value.dtype = ir.Shape(self.specs[name].shape), ir.DataType.FLOAT
 
     def finish(
         self, output: ir.Value, *, opsets: dict[str, int], ir_version: int, notes: tuple[str, ...]

@@ -80,11 +80,11 @@ def select(call: Call, x: ir.Value) -> ir.Value:
 
 def expand(call: Call, x: ir.Value) -> ir.Value:
     """Dimensions of size one repeated; ONNX keeps a size where 1 is asked for."""
-    parts = [
-        call.graph.batch_size() if size == "batch" else call.graph.shape(1 if size == -1 else size)
-        for size in call.attrs["shape"]
-    ]
-    return call.op("Expand", x, call.op("Concat", *parts, axis=0) if len(parts) > 1 else parts[0])
+    sizes = [1 if size == -1 else size for size in call.attrs["shape"]]
+    if "batch" not in sizes:
+        return call.op("Expand", x, call.graph.shape(*sizes))
+    parts = [call.graph.batch_size() if size == "batch" else call.graph.shape(size) for size in sizes]
+    return call.op("Expand", x, call.op("Concat", *parts, axis=0))
 
 
 def pad(call: Call, x: ir.Value) -> ir.Value:
