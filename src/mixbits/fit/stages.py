@@ -21,7 +21,7 @@ from mixbits.core.policy import Policy, policy_from_json
 from mixbits.data.dataset import Dataset, with_normalization
 from mixbits.data.open import open_dataset
 from mixbits.fit.folder import RunFolder
-from mixbits.fit.recipe import AnyRecipe, method_of, signature, to_dict
+from mixbits.fit.recipe import AnyRecipe, method_of, recipe_from_dict, signature, to_dict
 from mixbits.fit.weights import load_weights_, read_tensors, write_tensors
 from mixbits.graph.quant_graph import QuantGraph, capture
 from mixbits.lower.lower import lower
@@ -353,13 +353,24 @@ def run_policy(run: Run) -> Policy:
     return policy
 
 
+def trained_network(run: Run) -> QuantGraph:
+    """The network as the finetune stage left it, with the quantizers of policy.json, in eval mode."""
+    run.result("finetune")
+    return restore_policy(run.graph, run_policy(run), read_tensors(run.folder / "finetuned.safetensors"))
+
+
+def network_of(path: Path) -> QuantGraph:
+    """The trained network of the run in a folder."""
+    folder = RunFolder(path)
+    recipe = recipe_from_dict(folder.read_json("recipe.json"), str(folder / "recipe.json"))
+    return trained_network(Run(recipe, path, lambda row: None, threading.Event()))
+
+
 def lower_stage(run: Run) -> None:
     """Pack the finetuned network into model.mixbits."""
     if run.done("lower"):
         return
-    run.result("finetune")
-    policy = run_policy(run)
-    network = restore_policy(run.graph, policy, read_tensors(run.folder / "finetuned.safetensors"))
+    network = trained_network(run)
     about = {
         "network": run.recipe.network,
         "method": run.recipe.method,
@@ -379,8 +390,7 @@ def check_stage(run: Run) -> None:
         return
     began = time.monotonic()
     executor = Executor(read_program(run.folder / "model.mixbits"))
-    policy = run_policy(run)
-    network = restore_policy(run.graph, policy, read_tensors(run.folder / "finetuned.safetensors"))
+    network = trained_network(run)
     correct = same = count = 0
     for inputs, targets in run.task.test.epoch(0):
         ran = torch.from_numpy(executor(inputs.numpy())).argmax(-1)
