@@ -14,7 +14,7 @@ import torch
 
 from mixbits.cli.progress import progress
 from mixbits.fit.recipe import AnyRecipe
-from mixbits.fit.stages import STAGES, Run, start
+from mixbits.fit.stages import STAGES, Run, opened
 from mixbits.fit.summary import write_summary
 from mixbits.fit.table import table
 from mixbits.report import build_report
@@ -57,8 +57,7 @@ def run_stages(recipe: AnyRecipe, out: Path, *, resume: bool, stages: Iterable[s
         torch.set_num_threads(recipe.threads)
     with stop_on_interrupt() as stop, progress() as watch:
         run = Run(recipe, out, watch, stop)
-        start(run, resume=resume)
-        with run.folder.locked():
+        with opened(run, resume=resume):
             try:
                 for stage in stages:
                     if not run.done(stage):

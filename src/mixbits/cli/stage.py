@@ -34,7 +34,8 @@ def run_stage(command: str, about: str, stages: tuple[str, ...], arguments: list
     folder = RunFolder(chosen.out)
     recipe = recipe_from_dict(folder.read_json("recipe.json"), str(folder / "recipe.json"))
     if chosen.policy is not None:
-        _use_policy(folder, chosen.policy)
+        with folder.locked():
+            _use_policy(folder, chosen.policy)
     run_stages(recipe, chosen.out, resume=True, stages=stages)
 
 

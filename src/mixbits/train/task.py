@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from mixbits.data.dataset import ArraySamples, Dataset, Samples, split_held_out, take_images
+from mixbits.train.randomness import RandomStates, set_random_states
 
 
 class Batches(Protocol):
@@ -24,11 +25,11 @@ class Batches(Protocol):
         ...
 
     def epoch(
-        self, number: int, first: int = 0, rng: Tensor | None = None
+        self, number: int, first: int = 0, rng: RandomStates | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from position ``first`` on.
 
-        ``rng`` is torch's random state just before batch ``first`` is read, when a run is resumed there.
+        ``rng`` are the random states just before batch ``first`` is read, when a run is resumed there.
         """
         ...
 
@@ -48,7 +49,7 @@ class SampleBatches:
         return max(whole if self.training else whole + bool(rest), 1)
 
     def epoch(
-        self, number: int, first: int = 0, rng: Tensor | None = None
+        self, number: int, first: int = 0, rng: RandomStates | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from position ``first`` on; torch's random state plays no part."""
         count = len(self.samples)
@@ -68,8 +69,8 @@ class SampleBatches:
 class LoaderBatches:
     """Batches of the user's ``DataLoader``.
 
-    Its shuffling is made repeatable by seeding torch before each epoch; a loader with a generator of its own
-    cannot be resumed in the middle of a run bit for bit.
+    Its shuffling is made repeatable by seeding torch, and the loader's own generator if it has one, before
+    each epoch. A sampler that draws from anywhere else cannot be resumed bit for bit.
     """
 
     loader: DataLoader[Any]
@@ -80,16 +81,19 @@ class LoaderBatches:
         return len(self.loader)
 
     def epoch(
-        self, number: int, first: int = 0, rng: Tensor | None = None
+        self, number: int, first: int = 0, rng: RandomStates | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from position ``first`` on; earlier ones are read and passed over."""
-        torch.manual_seed(self.seed * 1_000_003 + number)
+        seed = self.seed * 1_000_003 + number
+        torch.manual_seed(seed)
+        if isinstance(self.loader.generator, torch.Generator):
+            self.loader.generator.manual_seed(seed)
         for position, batch in enumerate(self.loader):
             if position >= first:
                 inputs, targets = batch
                 yield inputs, targets
             elif position == first - 1 and rng is not None:
-                torch.set_rng_state(rng)
+                set_random_states(rng)
 
 
 class TwoHalves:
@@ -118,7 +122,7 @@ class TwoHalves:
         return min(map(len, self._parts)) if self._parts else len(self._whole) // 2
 
     def epoch(
-        self, number: int, first: int = 0, rng: Tensor | None = None
+        self, number: int, first: int = 0, rng: RandomStates | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of one half; both of a pair are read before the first is given."""
         if self._parts:
