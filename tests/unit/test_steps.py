@@ -344,7 +344,12 @@ def test_a_penalty_that_is_infinite_stops_the_run_before_the_update(captured):
     with pytest.raises(DivergedError, match="epoch 1, batch 1"):
         list(
             steps(
-                graph, array_task(), sgd(graph), Loop(), epochs=1, penalty=lambda: torch.tensor(float("inf"))
+                graph,
+                array_task(),
+                sgd(graph),
+                Loop(),
+                epochs=1,
+                penalty=lambda loss: torch.tensor(float("inf")),
             )
         )
 
@@ -375,7 +380,7 @@ def test_a_penalty_is_added_to_the_loss(captured):
     step = graph.quantizers["2/relu"].step
     plain = captured.copy()
     losses = {}
-    for name, network, penalty in (("plain", plain, None), ("penalty", graph, lambda: 3.0 * step)):
+    for name, network, penalty in (("plain", plain, None), ("penalty", graph, lambda loss: 3.0 * step)):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             first = next(steps(network, array_task(), sgd(network), Loop(), epochs=1, penalty=penalty))

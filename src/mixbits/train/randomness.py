@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -31,3 +32,13 @@ def set_random_states(states: RandomStates) -> None:
     np.random.set_state(states["numpy"])  # noqa: NPY002
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
+
+
+@contextmanager
+def own_random_states() -> Iterator[None]:
+    """What is drawn inside leaves the random states as they were."""
+    before = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(before)

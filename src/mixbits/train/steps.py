@@ -89,15 +89,15 @@ def steps(
     epochs: int,
     schedule: Schedule = "cosine",
     loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-    penalty: Callable[[], Tensor] | None = None,
-    before_update: Callable[[], None] | None = None,
+    penalty: Callable[[Tensor], Tensor] | None = None,
+    before_update: Callable[[], None] = lambda: None,
     measure: Callable[[], Mapping[str, Any]] = dict,
     estimate_norms: int = 0,
     keep: Mapping[str, Stateful] | None = None,
 ) -> Iterator[Step]:
     """Train ``graph`` in place for ``epochs``, yielding after every update with the gradients still readable.
 
-    ``loss(inputs, outputs, targets)`` replaces the task's loss, ``penalty()`` is added to it,
+    ``loss(inputs, outputs, targets)`` replaces the task's loss, ``penalty(loss)`` is added to it,
     ``before_update()`` runs between backward and update (to limit gradients), ``measure()`` adds fields to
     the rows given to ``loop.watch``, ``estimate_norms`` batches re-estimate batch-norm statistics of a copy
     before it is judged on held-out data, ``keep`` names what else is saved with the network and put back when
@@ -123,12 +123,11 @@ def steps(
             with torch.autocast(loop.device.type, torch.bfloat16, enabled=loop.bf16):
                 outputs = forward(inputs).float()
             value = task.loss(outputs, targets) if loss is None else loss(inputs, outputs, targets)
-            total = value if penalty is None else value + penalty()
+            total = value if penalty is None else value + penalty(value.detach())
             total.backward()
             if not math.isfinite(value.item()) or not math.isfinite(total.item()):
                 raise DivergedError(_diverged(loop, number, index))
-            if before_update is not None:
-                before_update()
+            before_update()
             optimizer.step()
             for quantizer in quantizers:
                 quantizer.project_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -89,11 +90,45 @@ class LoaderBatches:
         if isinstance(self.loader.generator, torch.Generator):
             self.loader.generator.manual_seed(seed)
         for position, batch in enumerate(self.loader):
+            if not isinstance(batch, list | tuple) or len(batch) != 2:
+                raise ValueError(
+                    f"the DataLoader gives a {type(batch).__name__}, not (inputs, targets); "
+                    "give it a collate_fn that does, or a tensor of inputs where no targets are needed"
+                )
             if position >= first:
                 inputs, targets = batch
                 yield inputs, targets
             elif position == first - 1 and rng is not None:
                 set_random_states(rng)
+
+
+@dataclass(frozen=True)
+class InputBatches:
+    """Batches of inputs in one tensor, float ``[n, ...]``, for what needs no targets (they are empty)."""
+
+    inputs: Tensor
+    batch_size: int = 128
+
+    def __len__(self) -> int:
+        """Batches of one epoch."""
+        return math.ceil(len(self.inputs) / self.batch_size)
+
+    def epoch(
+        self, number: int, first: int = 0, rng: RandomStates | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches from position ``first`` on, in the order of the tensor."""
+        for inputs in self.inputs.split(self.batch_size)[first:]:
+            yield inputs, torch.empty(0)
+
+
+Inputs = Tensor | DataLoader[Any] | Batches
+
+
+def batches_of(inputs: Inputs) -> Batches:
+    """Batches to look at, of whatever the user has: a tensor of inputs, a ``DataLoader``, batches."""
+    if isinstance(inputs, Tensor):
+        return InputBatches(inputs)
+    return LoaderBatches(inputs) if isinstance(inputs, DataLoader) else inputs
 
 
 class TwoHalves:
