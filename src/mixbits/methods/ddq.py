@@ -383,6 +383,7 @@ class DDQ(Method):
             [{"params": graph.network_parameters(), "weight_decay": self.weight_decay}, {"params": rest}],
             conclude,
             penalty=penalty,
+            needs_loss=True,
             on_gradients=update_gates,
             measure=lambda: used(profile, target.budget, whole_widths()),
             keep={"gates": gate_optimizer, "pressure": pressure},

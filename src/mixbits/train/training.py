@@ -35,15 +35,17 @@ class Training(Generic[Result]):
     of ``module.state_dict()`` (see :meth:`attach_`), so whoever saves the network saves the training.
 
     The other fields are what one kind of training adds: ``penalty(loss)`` a term of the loss that depends on
-    the network and on the value of the task's loss, but not on a batch; ``on_gradients()`` sees all gradients
-    of an update; ``on_update(optimizer, done)`` follows it; ``measure()`` adds fields to rows of metrics;
-    ``keep`` has states besides the network's. ``identity`` tells this training from others by name.
+    the network and perhaps the value of the task's loss, but not on a batch, so that its gradient is taken
+    once an update; ``on_gradients()`` sees all gradients of an update; ``on_update(optimizer, done)`` follows
+    it; ``measure()`` adds fields to rows of metrics; ``keep`` has states besides the network's. ``identity``
+    tells this training from others by name.
     """
 
     graph: QuantGraph
     groups: list[dict[str, Any]]  # parameter groups, with weight decay where it belongs
     conclude: Callable[[], Result]
     penalty: Callable[[Tensor], Tensor] | None = None
+    needs_loss: bool = False  # the penalty depends on the value of the task's loss
     on_gradients: Callable[[], None] = nothing
     on_update: Callable[[torch.optim.Optimizer, int], None] = nothing
     measure: Callable[[], Mapping[str, Any]] = dict
@@ -52,23 +54,27 @@ class Training(Generic[Result]):
     identity: Mapping[str, Any] = field(default_factory=dict)
     planned: int = 0  # updates that the training reckons with; 0: any number
     updates: int = 0  # done so far
+    _checked: bool = False
 
     @property
     def module(self) -> fx.GraphModule:
         """The network to train, quantizers in place."""
         return self.graph.module
 
-    def before_update(self, loss: Tensor | float = math.nan) -> None:
+    def before_update(self, loss: Tensor | float | None = None) -> None:
         """All gradients of an update are there, unscaled: add the penalty's, then do what is to be done.
 
-        ``loss`` is the value of the task's loss, where the training says that it needs it. Once an update
-        however many batches it has, and before gradients are clipped.
+        ``loss`` is the value of the task's loss, a scalar, for trainings whose penalty depends on it (DDQ's).
+        Call this once an update, however many batches it has, and before gradients are clipped.
 
-        Raises ``ValueError`` for quantizers that were cast to another type than float32.
+        Raises ``ValueError`` if a loss is needed and not given, and for quantizers that were cast to another
+        type than float32.
         """
         self._check_types()
+        if self.needs_loss and loss is None:
+            raise ValueError("the penalty is a factor of the task's loss: call before_update(loss)")
         if self.penalty is not None:
-            value = self.penalty(torch.as_tensor(loss).detach())
+            value = self.penalty(torch.as_tensor(0.0 if loss is None else loss).detach())
             if not math.isfinite(value.item()):
                 raise DivergedError(
                     f"the penalty became infinite or not a number in update {self.updates + 1}; lower the "
@@ -79,7 +85,14 @@ class Training(Generic[Result]):
         self.on_gradients()
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
-        """The optimizer has stepped: put quantizers back into their legal set and follow the update."""
+        """The optimizer has stepped: put quantizers back into their legal set and follow the update.
+
+        Raises ``ValueError`` for an optimizer of another network, and warns of weight decay on parameters of
+        quantizers that should have none.
+        """
+        if not self._checked:
+            self._check_optimizer(optimizer)
+            self._checked = True
         for quantizer in self.graph.quantizers.values():
             quantizer.project_()
         self.count_update(optimizer)
@@ -129,6 +142,23 @@ class Training(Generic[Result]):
                         f"{site}: its {name} was cast to {value.dtype}, which cannot hold small changes of a "
                         "step; keep the network in float32 and use autocast (bf16-mixed, not bf16-true)"
                     )
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        decay = {
+            id(p): group.get("weight_decay", 0.0) for group in optimizer.param_groups for p in group["params"]
+        }
+        if not any(id(p) in decay for group in self.groups for p in group["params"]):
+            raise ValueError(
+                "the optimizer trains none of the network's parameters: make it from training.groups, or "
+                "after training.module has been put in its place"
+            )
+        wanted = [p for group in self.groups if not group.get("weight_decay") for p in group["params"]]
+        if any(decay.get(id(p)) for p in wanted):
+            warnings.warn(
+                "the optimizer decays parameters of quantizers, which shrinks their ranges; make it from "
+                "training.groups, which have weight decay where it belongs",
+                stacklevel=3,
+            )
 
 
 class _Kept(nn.Module):
