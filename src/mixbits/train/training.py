@@ -115,8 +115,12 @@ class Training(Generic[Result]):
         return self.conclude()
 
     def attach_(self) -> None:
-        """Make the state of this training a part of the network's state dict, until it is finished."""
+        """Make the state of this training a part of the network's state dict, until it is finished.
+
+        The network is then in training mode, where some trainers leave it as it comes.
+        """
         self.module.add_module(KEPT, _Kept(self))
+        self.module.train()
 
     def state_dict(self) -> dict[str, Any]:
         """What is kept besides the network: identity, updates done, states of the method."""
