@@ -18,13 +18,14 @@ from mixbits.report.matrix import read_comparison
 
 def run(command: Command, about: str, arguments: list[str]) -> None:
     """Parse the options, run every cell that is not done yet, print the table and write the page."""
-    recipe, out, resume = parse_matrix(command, about, arguments)
+    recipe, session = parse_matrix(command, about, arguments)
+    out = session.out
     matrix = matrix_of(command, recipe)
     jobs = matrix.options.jobs
     engine = joblib.parallel_config(
         backend="loky", inner_max_num_threads=threads_of(jobs), initializer=begin_worker
     )
-    opened = opened_matrix(matrix, out, resume=resume)
+    opened = opened_matrix(matrix, out, resume=session.resume)
     with opened as float_run, engine, stop_on_interrupt((out / STOP).touch) as stop:
         outcomes = run_matrix(matrix, out, lines, _say, stop)
         written = collect(matrix, out, outcomes, float_run)

@@ -25,6 +25,7 @@ from mixbits.data.dataset import Dataset, with_normalization
 from mixbits.data.open import open_dataset
 from mixbits.fit.folder import RunFolder
 from mixbits.fit.recipe import AnyRecipe, flat, method_of, to_dict
+from mixbits.fit.watching import kept
 from mixbits.fit.weights import load_weights_, read_tensors, write_tensors
 from mixbits.graph.quant_graph import QuantGraph, capture
 from mixbits.lower.lower import lower
@@ -161,7 +162,7 @@ class Run:
         """Keep a row of metrics and hand it on."""
         if "resumed_step" in row:
             self.folder.keep_rows(row["stage"], row["resumed_step"])
-        elif "avg_weight_bits" in row or row.get("ends_epoch"):
+        elif kept(row):
             began = self._began.get(row["stage"], time.monotonic())
             self.folder.append_row({**row, "seconds": round(time.monotonic() - began, 2)})
         self._tell(row)
