@@ -108,7 +108,7 @@ def test_weights_and_biases_writes_a_run_without_a_network(tmp_path, monkeypatch
     while len(logged := history(file)) < 2 and time.monotonic() < end:
         time.sleep(0.1)
     assert [(entry["learn/step"], entry["learn/loss"]) for entry in logged] == [(2, 0.5), (4, 0.25)]
-    assert file.name == f"run-{(tmp_path / '.wandb').read_text()}.wandb"
+    assert file.name == f"run-{(tmp_path / '.wandb-run').read_text()}.wandb"
 
 
 @pytest.mark.parametrize(
