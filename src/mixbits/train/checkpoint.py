@@ -107,6 +107,8 @@ def fingerprint(*parts: Tensor | np.ndarray | str) -> str:
         if isinstance(part, str):
             digest.update(part.encode())
         else:
-            array = part.detach().cpu().numpy() if isinstance(part, Tensor) else part
-            digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+            tensor = part if isinstance(part, Tensor) else torch.from_numpy(np.ascontiguousarray(part))
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)  # bfloat16 too
+            digest.update(content.numpy().tobytes())
     return digest.hexdigest()[:12]
