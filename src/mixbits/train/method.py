@@ -88,8 +88,7 @@ class Method(ABC):
         name = type(self).__name__
         raise ValueError(
             f"{name} cannot learn in another loop: it does not train one network by one loss. Learn with "
-            "mixbits.learn, and train at its policy in your loop with mixbits.begin_finetuning; methods that "
-            "can are BMPQ, DDQ, MPDNN and SDQ"
+            "mixbits.learn, and train at its policy in your loop with mixbits.begin_finetuning"
         )
 
     def finetuning(self, options: Finetune) -> Finetune:
