@@ -66,6 +66,14 @@ def test_mlflow_goes_on_in_the_same_run(tmp_path, monkeypatch):
     assert [metric.value for metric in losses] == pytest.approx([1 / 2, 1 / 4, 1 / 6, 1 / 8])
 
 
+def test_an_mlflow_that_cannot_be_reached_is_said_with_the_remedy(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://at.all")
+
+    with pytest.raises(ValueError, match=r"--watch mlflow: no run could be begun.*set MLFLOW_TRACKING_URI"):
+        watch("mlflow", tmp_path, rows(0, 2))
+
+
 def log_records(content: bytes) -> Iterator[bytes]:
     """Records of a file in the format of LevelDB's logs, which a ``.wandb`` file is after its own 7 bytes.
 

@@ -96,9 +96,9 @@ def mlflow(folder: Path, options: Mapping[str, Any], closing: ExitStack) -> Watc
     try:
         from mlflow import MlflowClient  # noqa: PLC0415
         from mlflow.entities import Metric, Param  # noqa: PLC0415
+        from mlflow.exceptions import MlflowException  # noqa: PLC0415
     except ImportError as error:
         raise _missing("MLflow", "mlflow") from error
-    client = MlflowClient()
 
     def begin() -> str:
         experiment = client.get_experiment_by_name("mixbits")
@@ -107,8 +107,15 @@ def mlflow(folder: Path, options: Mapping[str, Any], closing: ExitStack) -> Watc
         client.log_batch(run, params=[Param(name, str(value)) for name, value in options.items()])
         return run
 
-    run = _remembered(folder, "mlflow", begin)
-    client.update_run(run, status="RUNNING")
+    try:
+        client = MlflowClient()
+        run = _remembered(folder, "mlflow", begin)
+        client.update_run(run, status="RUNNING")
+    except MlflowException as error:
+        raise ValueError(
+            f"--watch mlflow: no run could be begun there ({str(error).strip().splitlines()[0]}); set "
+            "MLFLOW_TRACKING_URI to your server, or install all of mlflow to keep runs in a local data base"
+        ) from error
     closing.callback(client.set_terminated, run)
 
     def watch(row: Row) -> None:
