@@ -120,6 +120,16 @@ void bind_engine(nb::module_& module) {
       .def_rw("images", &LayerStep::images)
       .def_rw("input", &LayerStep::input)
       .def_rw("input_image", &LayerStep::input_image)
+      .def(
+          "pad",
+          [](LayerStep& step, int border_level, int pad_y, int pad_x, int size_y, int size_x) {
+            step.border_level = border_level;
+            step.pad_y = pad_y;
+            step.pad_x = pad_x;
+            step.size_y = size_y;
+            step.size_x = size_x;
+          },
+          nb::arg("border_level"), nb::arg("pad_y"), nb::arg("pad_x"), nb::arg("size_y"), nb::arg("size_x"))
       .def("add_bytes",
            [](LayerStep& step, const PixelPlace& to, int levels_scale, int levels_offset, float value_step) {
              step.residual_kind = Finish::bytes;

@@ -20,6 +20,32 @@ void LayerStep::use(const Kernel& by, const std::int16_t* levels) {
   kernel = &by;
   weights = Aligned(by.weight_bytes(conv));
   by.pack(conv, levels, weights.data());
+  if (border_level != 0) find_excess(levels);
+}
+
+void LayerStep::find_excess(const std::int16_t* levels) {
+  excess_.clear();
+  for (int y = 0; y < conv.out_h; ++y) {
+    for (int x = 0; x < conv.out_w; ++x) {
+      std::vector<int> outside;  // taps that meet the border
+      for (int tap = 0; tap < conv.taps(); ++tap) {
+        const int in_y = y * conv.stride_y + tap / conv.kw * conv.dilation_y - pad_y;
+        const int in_x = x * conv.stride_x + tap % conv.kw * conv.dilation_x - pad_x;
+        if (in_y < 0 || in_y >= size_y || in_x < 0 || in_x >= size_x) outside.push_back(tap);
+      }
+      if (outside.empty()) continue;
+      Excess excess{y, x, std::vector<std::int32_t>(static_cast<std::size_t>(outputs()))};
+      for (int o = 0; o < outputs(); ++o) {
+        const std::int16_t* weight = levels + static_cast<std::ptrdiff_t>(o) * conv.c * conv.taps();
+        std::int32_t sum = 0;
+        for (int c = 0; c < conv.c; ++c) {
+          for (const int tap : outside) sum += weight[c * conv.taps() + tap];
+        }
+        excess.sums[static_cast<std::size_t>(o)] = border_level * sum;
+      }
+      excess_.push_back(std::move(excess));
+    }
+  }
 }
 
 // As many rows as the kernel likes and as the sums' room allows.
@@ -66,6 +92,12 @@ bool LayerStep::run_job(const Frame& frame, std::int64_t image, int y0, int y1, 
   std::uint8_t* scratch = frame.scratch + round_up(acc_bytes, kAlign) + kSlack;
   kernel->run(conv,
               {frame.at(input) + image * input_image, weights.data(), scratch, acc, ld, y0, y1, o0, o1});
+  const auto above = [](const Excess& excess, int y) { return excess.y < y; };
+  for (auto at = std::lower_bound(excess_.begin(), excess_.end(), y0, above);
+       at != excess_.end() && at->y < y1; ++at) {
+    std::int32_t* sums = acc + (static_cast<std::ptrdiff_t>(at->y - y0) * conv.out_w + at->x) * ld;
+    for (int o = o0; o < o1; ++o) sums[o - o0] -= at->sums[static_cast<std::size_t>(o)];
+  }
 
   Finish finish;
   finish.scale = reinterpret_cast<const float*>(scale.data());

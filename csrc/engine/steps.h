@@ -33,6 +33,11 @@ struct LayerStep final : Step {
   Place input;  // of the window of output (0, 0)
   std::int64_t input_image = 0;
 
+  // Padding of level 0 where the input's grid has no such level: the border's byte stands for `border_level`,
+  // and what it adds to the sums is taken away again. The input without padding is [size_y][size_x].
+  int border_level = 0;
+  int pad_y = 0, pad_x = 0, size_y = 0, size_x = 0;
+
   Finish::Residual residual_kind = Finish::none;
   PixelPlace residual;
   float residual_step = 1;
@@ -50,9 +55,18 @@ struct LayerStep final : Step {
   std::size_t scratch_bytes() const override;
 
  private:
+  // What the border adds to the sums of one output pixel.
+  struct Excess {
+    int y, x;
+    std::vector<std::int32_t> sums;  // [outputs]
+  };
+
   int outputs() const { return conv.groups * conv.o; }
   int strip_rows() const;
+  void find_excess(const std::int16_t* levels);
   bool run_job(const Frame& frame, std::int64_t image, int y0, int y1, int o0, int o1) const;
+
+  std::vector<Excess> excess_;  // in the order of rows
 };
 
 // A value of a run: a tensor whose data lies at a place.

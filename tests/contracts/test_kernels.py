@@ -106,17 +106,18 @@ def layer(shape: Shape, weight_grid: Grid, input_grid: Grid, *, seed: int, extre
     w = rng.choice(weight_levels, (shape.outputs, shape.channels // shape.groups, *shape.kernel))
     x = rng.choice(input_levels, (1, shape.channels, *shape.size))
     largest = int(np.abs(w.astype(np.int64)).reshape(len(w), -1).sum(1).max())
+    storage = bytes_of(input_grid)
+    border = 0 if storage.zero is not None else storage.offset  # a kernel takes whatever the border holds
     y = REFERENCE["conv2d"](
-        Codes(x, np.float32(1), input_grid),
+        Codes(np.pad(x, ((0, 0), (0, 0), *shape.padding), constant_values=border), np.float32(1), input_grid),
         weight=Weight(w, largest),  # scale 1 and bias 0: outputs are the sums
         scale=np.ones(len(w), np.float32),
         bias=np.zeros(len(w), np.float32),
         stride=shape.stride,
-        padding=shape.padding,
+        padding=NONE,
         dilation=shape.dilation,
         groups=shape.groups,
     )
-    padded = any(map(any, shape.padding))
     conv = convolution(
         w.shape,
         weight_grid,
@@ -127,7 +128,6 @@ def layer(shape: Shape, weight_grid: Grid, input_grid: Grid, *, seed: int, extre
         dilation=shape.dilation,
         groups=shape.groups,
     )
-    storage = bytes_of(input_grid, padded=padded)
     stored = np.zeros((conv.in_h, conv.in_w, conv.pixel_stride), np.uint8)
     stored[..., : shape.channels] = storage.zero or 0
     (top, _), (left, _) = shape.padding

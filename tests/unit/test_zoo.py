@@ -31,8 +31,14 @@ WEIGHTS = {
     "digits_cnn": 9 * (16 + 2 * 16 * 16 + 16 * 32 + 32 * 32) + 32 * 10,
 }
 
-# All parameters: torchvision's MobileNetV2 and ResNet-18; He et al.'s ResNet-20 (0.27M); the usual ResNet-18 for CIFAR.
-PARAMETERS = {"mobilenet_v2": 3_504_872, "resnet18_imagenet": 11_689_512, "resnet20": 269_722, "resnet18": 11_173_962}
+# All parameters: torchvision's MobileNetV2 and ResNet-18; He et al.'s ResNet-20 (0.27M); the usual ResNet-18
+# for CIFAR.
+PARAMETERS = {
+    "mobilenet_v2": 3_504_872,
+    "resnet18_imagenet": 11_689_512,
+    "resnet20": 269_722,
+    "resnet18": 11_173_962,
+}
 
 DIGITS_EPOCHS = 15
 DIGITS_TOP1 = 0.97  # four seeds gave 98.9 %; 1.5 % of 360 images are 5

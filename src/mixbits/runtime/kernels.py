@@ -35,7 +35,7 @@ class Bytes:
 
 
 def bytes_of(grid: Grid, *, padded: bool = False) -> Bytes:
-    """Storage of an activation grid; with ``padded``, level 0 has a byte even where the grid lacks it.
+    """Storage of an activation grid; with ``padded``, level 0 has a byte even if the grid lacks it.
 
     Raises ``ValueError`` if that takes more than a byte (bipolar levels of 8 bits with padding).
 
@@ -52,7 +52,7 @@ def bytes_of(grid: Grid, *, padded: bool = False) -> Bytes:
     largest = (high - low) // scale
     if largest > LARGEST_BYTE:
         raise ValueError(
-            f"padding puts level 0 between the levels of {describe(grid)}, which then need more than a byte; "
+            f"it puts level 0 between the levels of {describe(grid)}, which then need more than a byte; "
             "use one bit less, or a grid that has level 0"
         )
     return Bytes(scale, low, largest, -low // scale if low % scale == 0 and low <= 0 else None)
@@ -83,9 +83,12 @@ def convolution(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
 ) -> _native.Conv:
-    """A layer on one image: weight [O, C / groups, kh, kw], input [C, *size], padding (before, after)."""
+    """A layer on one image: weight [O, C / groups, kh, kw], input [C, *size], padding (before, after).
+
+    Padding holds level 0, or the lowest level where the grid has no such level.
+    """
     outputs, channels, kh, kw = weight_shape
-    storage = bytes_of(input_grid, padded=any(map(any, padding)))
+    storage = bytes_of(input_grid)
     conv = _native.Conv()
     conv.c, conv.o, conv.groups, conv.kh, conv.kw = channels, outputs // groups, groups, kh, kw
     (conv.stride_y, conv.stride_x), (conv.dilation_y, conv.dilation_x) = stride, dilation

@@ -184,24 +184,42 @@ def _dims_across(step: Instruction, rank: int) -> Sequence[int]:
 
 
 def simplified(program: Program) -> Program:
-    """The program with roundings in front of maximum pools that only they read: the same values, in bytes.
+    """The same values from cheaper instructions: rounding before maximum pools, padding as a convolution's own.
 
     Rounding is monotone: the code of the largest value is the largest code.
     """
     readers = _readers(program)
+    grids = {name: spec.grid for name, spec in specs(program, 1).items()}
     steps: list[Instruction] = []
     done = set[str]()
+    pads: dict[str, Instruction] = {}  # of codes, with level 0, before nothing but convolutions
     for step in program.instructions:
-        reading = readers[step.output]
-        swaps = step.op in ("max_pool", "adaptive_max_pool") and [r.op for r in reading] == ["quantize"]
-        if swaps and step.output != program.output:
-            rounding = reading[0]
+        reading = [reader.op for reader in readers[step.output]]
+        if step.output == program.output or step.output in done:
+            steps += [] if step.output in done else [step]
+        elif step.op in ("max_pool", "adaptive_max_pool") and reading == ["quantize"]:
+            rounding = readers[step.output][0]
             before = replace(rounding, inputs=step.inputs, output=f"{rounding.output} before {step.name}")
             steps += [before, replace(step, inputs=(before.output,), output=rounding.output)]
             done.add(rounding.output)
-        elif step.output not in done:
+        elif grids[step.output] is not None and _only_pads(step) and set(reading) <= {"conv1d", "conv2d"}:
+            pads[step.output] = step
+        elif step.op in ("conv1d", "conv2d") and step.inputs[0] in pads:
+            pad = pads[step.inputs[0]]
+            both = zip(step.attrs["padding"], pad.attrs["pads"][2:], strict=True)
+            padding = [[own[0] + more[0], own[1] + more[1]] for own, more in both]
+            steps.append(replace(step, inputs=pad.inputs, attrs={**step.attrs, "padding": padding}))
+        else:
             steps.append(step)
     return replace(program, instructions=tuple(steps))
+
+
+def _only_pads(step: Instruction) -> bool:
+    """Whether an instruction adds level 0 around the last dimensions, and cuts nothing off."""
+    if step.op != "pad" or step.attrs["mode"] != "constant":
+        return False
+    images, channels, *space = step.attrs["pads"]
+    return not any((*images, *channels)) and min(side for pair in space for side in pair) >= 0
 
 
 def _readers(program: Program) -> dict[str, list[Instruction]]:
@@ -238,11 +256,10 @@ class _Planner:
     # --- what readers want -----------------------------------------------------------------------------------
 
     def _padded(self) -> set[str]:
-        """Values of codes that need a byte for level 0: padding is added to them, or to what moves make of them."""
+        """Values of codes that need a byte for level 0: an instruction pads them, or what moves make of them."""
         found = set[str]()
         for step in reversed(self.program.instructions):
-            pads = step.attrs.get("padding", ()) if step.op in LAYERS else ()
-            adds = any(map(any, pads)) or (step.op == "pad" and any(map(any, step.attrs["pads"])))
+            adds = step.op == "pad" and step.attrs["mode"] == "constant"
             if adds or (step.output in found and step.op in ON_CODES):
                 found.update(step.inputs)
         return found
@@ -510,6 +527,9 @@ class _Planner:
             made = _native.LayerStep()
             made.conv, made.images = conv, 1 if linear else shape[0]
             made.input, made.input_image = self._window(step, source), 0 if linear else source.strides[0]
+            if not linear and source.storage.zero is None:
+                (top, _), (left, _) = _two(step.attrs["padding"], (0, 0))
+                made.pad(source.storage.offset, top, left, *_image(source.shape)[2:])
             if residual is not None and residual.storage is not None:
                 stored = residual.storage
                 made.add_bytes(residual.pixels(rows=row), stored.scale, stored.offset, residual.step)
