@@ -1,0 +1,303 @@
+"""The native engine beside today's int8 runtimes: milliseconds of whole networks, taken in turns in one run.
+
+Every contender is pinned to the same cores and the others wait while one runs. A round gives each a turn; a turn's
+result is its fastest run, the table's the fastest of all rounds. Weights are random, batch norms are estimated on noise,
+steps are those of least squared error, so that codes are spread over all levels. First layer and classifier have 8 bits,
+all others the widths of the row; the peers run 8 bits throughout. Before it is timed, each program's output is compared
+with the reference's, bit for bit. A section is added to ``benchmarks/results/engine_<date>.md``.
+
+    python -m venv PEERS && PEERS/bin/pip install -r benchmarks/engine_peers.txt
+    python benchmarks/engine.py --python PEERS/bin/python resnet18 resnet20 mobilenet_v2 linear4096 linear16384
+
+ResNet-20 has 1x1 convolutions as shortcuts (the peers' quantizers have no good form for padded ones). LiteRT reads int8
+with channels last, all others float32. With ``--isa avx2`` mixbits and OpenVINO keep to AVX2; no other peer can.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from engine_peers import PEERS, fastest
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import mixbits
+from mixbits import zoo
+from mixbits.core.policy import Policy
+from mixbits.core.profile import Profile
+from mixbits.fit.summary import machine
+from mixbits.graph.quant_graph import QuantGraph
+from mixbits.lower import lower
+from mixbits.runtime import Executor
+from mixbits.train.finetune import place_policy
+from mixbits.train.method import full_grid
+from mixbits.train.norms import reestimate_batch_norm_
+from mixbits.train.task import LoaderBatches
+from mixbits.zoo.resnet_cifar import ResNet
+
+CPU = torch.device("cpu")
+HERE = Path(__file__).parent
+INT8 = ("onnxruntime", "openvino", "litert")
+PAIRS = ("1x1", "1x2", "2x2", "3x3", "2x4", "4x4", "mixed", "8x8")  # weights x activations
+MIXED = (1, 2, 3, 4)  # widths that a mixed policy draws from, each site by itself
+MIXED_SEED = 0
+BATCHES = 4  # of noise, for statistics and steps
+STEP_REPEATS = 30  # runs of each step for the table of steps
+
+
+def resnet20() -> nn.Module:
+    """ResNet-20 for 32 x 32 images with 1x1 convolutions as shortcuts."""
+    return ResNet((3, 3, 3), (16, 32, 64), pad_shortcuts=False, num_classes=10)
+
+
+# Network, input shape, default pairs of widths, peers.
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "resnet18": (zoo.resnet18_imagenet, (3, 224, 224), PAIRS, INT8),
+    "resnet20": (resnet20, (3, 32, 32), ("1x1", "2x2", "4x4", "8x8"), INT8),
+    "mobilenet_v2": (zoo.mobilenet_v2, (3, 224, 224), ("4x4", "8x8"), INT8),
+    "linear4096": (partial(nn.Linear, 4096, 4096), (4096,), ("2x8",), ("matmulnbits", "matmulnbits-tables")),
+    "linear16384": (partial(nn.Linear, 8192, 16384), (8192,), ("2x8",), ("matmulnbits", "matmulnbits-tables")),
+}
+
+
+# --- ours ------------------------------------------------------------------------------------------------------------
+
+
+def noise(batch: int, shape: Sequence[int]) -> LoaderBatches:
+    """Batches of normal noise."""
+    images = torch.randn(BATCHES * batch, *shape, generator=torch.Generator().manual_seed(0))
+    return LoaderBatches(DataLoader(TensorDataset(images, torch.zeros(len(images))), batch_size=batch))
+
+
+def float_network(name: str) -> QuantGraph:
+    """The network of a name, captured, with batch-norm statistics of noise."""
+    make, shape, _, _ = NETWORKS[name]
+    torch.manual_seed(0)
+    graph = mixbits.capture(make().eval(), torch.zeros(2, *shape))
+    reestimate_batch_norm_(graph, noise(2, shape), BATCHES, CPU)
+    return graph
+
+
+def policy(profile: Profile, pair: str) -> Policy:
+    """``2x4``: weights of 2, activations of 4 bits, or mixed; 8 bits in the first layer and the last, if not the same."""
+    ends = [profile.ops[0], profile.ops[-1]] if len(profile.ops) > 1 else []
+    eight = {site for op in ends for site in (op.weight, op.input)}
+    draw = np.random.default_rng(MIXED_SEED)
+    grids = {}
+    for site in profile.sites:
+        if pair == "mixed":
+            bits = int(draw.choice(MIXED))
+        else:
+            bits = int(pair.split("x")[site.kind == "activation"])
+        grids[site.name] = full_grid(site, 8 if site.name in eight else bits)
+    return Policy(grids)
+
+
+def mean_bits(profile: Profile, policy: Policy) -> str:
+    """Average widths, by elements: weights x activations."""
+    means = (
+        sum(site.elements * policy.grids[site.name].bits for site in sites) / sum(site.elements for site in sites)
+        for sites in (profile.weights, profile.activations)
+    )
+    return " x ".join(f"{mean:.2f}" for mean in means)
+
+
+def executor(graph: QuantGraph, policy: Policy, threads: int) -> Executor:
+    """The network at these widths on the native engine, once it was seen to equal the reference."""
+    shape = graph.profile.input_shape
+    placed = place_policy(graph, policy, noise(2, shape))
+    reestimate_batch_norm_(placed, noise(2, shape), BATCHES, CPU)
+    program = lower(placed)
+    native = Executor(program, threads=threads, engine="native")
+    x = np.random.default_rng(1).standard_normal((1, *shape)).astype(np.float32)
+    if not np.array_equal(native(x), Executor(program, engine="reference")(x)):
+        raise SystemExit("the native engine's output is not the reference's")
+    return native
+
+
+# --- peers -----------------------------------------------------------------------------------------------------------
+
+
+def build(name: str, graph: QuantGraph, batch: int, folder: Path) -> None:
+    """What the peers make their models of."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = graph.profile.input_shape
+    images = np.stack([x.numpy() for x, _ in noise(batch, shape).epoch(0)])
+    np.save(folder / "images.npy", images)
+    if name.startswith("linear"):
+        op = graph.profile.ops[0]
+        (folder / "shape.txt").write_text(f"{op.channels} {op.reduction}")
+    else:
+        exported = torch.export.export(graph.module, (torch.from_numpy(images[0]),))
+        torch.export.save(exported, folder / "network.pt2")
+
+
+def command(python: Path, what: str, peer: str, folder: Path, threads: int) -> list[str]:
+    script = str(HERE / "engine_peers.py")
+    return [str(python), script, what, peer, str(folder), "--threads", str(threads)]
+
+
+@contextmanager
+def serving(command: Sequence[str]) -> Iterator[tuple[str, Callable[[float], float]]]:
+    """A peer in a process of its own: what it is, and a function of seconds that gives milliseconds."""
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        inputs, answers = process.stdin, process.stdout
+
+        def answer() -> Any:
+            line = answers.readline()
+            if not line:
+                raise SystemExit(f"a peer ended: {shlex.join(command)}")
+            return json.loads(line)
+
+        def turn(seconds: float) -> float:
+            inputs.write(f"{seconds}\n")
+            inputs.flush()
+            return answer()
+
+        yield answer(), turn
+
+
+# --- both ------------------------------------------------------------------------------------------------------------
+
+
+def compare(name: str, chosen: argparse.Namespace) -> str:
+    """The section of one network, as Markdown."""
+    _, shape, pairs, peers = NETWORKS[name]
+    peers = [peer for peer in peers if peer in (chosen.peers or peers)]
+    if chosen.isa == "avx2":
+        peers = [peer for peer in peers if peer == "openvino"]
+    graph = float_network(name)
+    folder = chosen.models / f"{name}_b{chosen.batch}"
+    for peer in peers:
+        if not (folder / PEERS[peer][1]).exists():
+            say(f"{name}: making the model of {peer}")
+            build(name, graph, chosen.batch, folder)
+            python = chosen.litert_python if peer == "litert" else chosen.python
+            subprocess.run(command(python, "build", peer, folder, 1), check=True)
+    engines: dict[str, Executor] = {}
+    for pair in chosen.widths or pairs:
+        say(f"{name}: {pair}, checking against the reference")
+        widths = policy(graph.profile, pair)
+        label = f"mixed, {mean_bits(graph.profile, widths)}" if pair == "mixed" else pair
+        engines[f"mixbits {label}"] = executor(graph, widths, chosen.threads)
+    x = np.random.default_rng(1).standard_normal((chosen.batch, *shape)).astype(np.float32)
+    with ExitStack() as stack:
+        turns: dict[str, Callable[[float], float]] = {}
+        for peer in peers:
+            serve = command(chosen.python, "serve", peer, folder, chosen.threads)
+            label, turn = stack.enter_context(serving(serve))
+            turns[label] = turn
+        rivals = list(turns)
+        for label, engine in engines.items():
+            turns[label] = partial(fastest, partial(engine, x))
+        rounds: dict[str, list[float]] = {label: [] for label in turns}
+        for number in range(chosen.rounds):
+            say(f"{name}: round {number + 1} of {chosen.rounds}")
+            order = list(turns)
+            for label in order[number % len(order) :] + order[: number % len(order)]:
+                rounds[label].append(turns[label](chosen.seconds))
+    return "\n".join([*table(rounds, rivals), "", *(steps(label, engines[label], x) for label in engines)])
+
+
+def table(rounds: Mapping[str, Sequence[float]], rivals: Sequence[str]) -> list[str]:
+    """Every contender's milliseconds, and how many times as long the first and the fastest peer take."""
+    least = {label: min(values) for label, values in rounds.items()}
+    quickest = min(rivals, key=lambda label: least[label])
+    rows = [
+        f"| | ms | slowest round, ms | {rivals[0]} takes | fastest peer, {quickest}, takes |",
+        "|---|---|---|---|---|",
+    ]
+    for label, values in rounds.items():
+        ratios = " | ".join(f"{least[rival] / least[label]:.2f}x" for rival in (rivals[0], quickest))
+        rows.append(f"| {label} | {least[label]:.3f} | {max(values):.3f} | {ratios} |")
+    return rows
+
+
+def steps(label: str, engine: Executor, x: Any) -> str:
+    """The engine's steps for one sample, each with its fastest run."""
+    assert engine.native is not None
+    micros = [1e6 * seconds for seconds in engine.native.time(x, STEP_REPEATS)]
+    rows = [
+        f"<details><summary>{label}: steps, sum {sum(micros) / 1e3:.3f} ms</summary>",
+        "",
+        "| step | kernel | weights x input | us | share | GMAC/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for ran, time_us in zip(engine.native.plan.ran, micros, strict=True):
+        widths = f"{ran.weight_bits}x{ran.input_bits}" if ran.macs else ""
+        speed = f"{ran.macs / time_us / 1e3:.1f}" if ran.macs else ""
+        share = f"{100 * time_us / sum(micros):.1f} %"
+        rows.append(f"| {' + '.join(ran.names)} | {ran.what} | {widths} | {time_us:.1f} | {share} | {speed} |")
+    return "\n".join([*rows, "", "</details>", ""])
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Run and add a section to the day's page."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("networks", nargs="+", choices=NETWORKS)
+    options.add_argument("--python", type=Path, required=True, help="the peers' interpreter")
+    options.add_argument("--litert-python", type=Path, help="that of LiteRT's converter, if another")
+    options.add_argument("--widths", nargs="+", help="pairs such as 2x4, or mixed")
+    options.add_argument("--peers", nargs="+", choices=PEERS)
+    options.add_argument("--batch", type=int, default=1)
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--isa", choices=["native", "avx2"], default="native")
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--seconds", type=float, default=0.3, help="of a turn")
+    options.add_argument("--models", type=Path, default=Path("runs/engine"), help="the peers' models, kept")
+    options.add_argument("--out", type=Path, help="the page")
+    chosen = options.parse_args()
+    chosen.litert_python = chosen.litert_python or chosen.python
+    if chosen.isa != "native":
+        os.environ.update(MIXBITS_ISA=chosen.isa, ONEDNN_MAX_CPU_ISA=chosen.isa.upper())
+    os.environ["OMP_NUM_THREADS"] = str(chosen.threads)  # the peers'
+    cores = sorted(os.sched_getaffinity(0))[-chosen.threads :]
+    if len(cores) < chosen.threads:
+        options.error(f"{chosen.threads} threads do not fit {len(cores)} cores")
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(chosen.threads)
+    began = os.getloadavg()[0]
+    sections = [f"### {name}\n\n{compare(name, chosen)}" for name in chosen.networks]
+    places = {str(chosen.litert_python): "CONVERTER/bin/python", str(chosen.python): "PEERS/bin/python"}
+    asked = shlex.join(["python", "benchmarks/engine.py", *(places.get(word, word) for word in sys.argv[1:])])
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=HERE, check=True, capture_output=True, text=True
+    ).stdout.strip()
+    date = time.strftime("%Y-%m-%d")
+    head = (
+        f"## Batch {chosen.batch}, {chosen.threads} thread{'s' * (chosen.threads > 1)}, {chosen.isa} instructions\n\n"
+        f"Command: `{asked}`\n\n"
+        f"Machine: {machine()}, {os.cpu_count()} cores, of which {cores} used; load average before {began:.1f}, "
+        f"after {os.getloadavg()[0]:.1f}. Commit {commit}, {time.strftime('%Y-%m-%d %H:%M')}. n = {chosen.rounds} "
+        f"rounds of {chosen.seconds} s a contender.\n"
+    )
+    out = chosen.out or HERE / "results" / f"engine_{date}.md"
+    first = not out.exists()
+    with out.open("a", encoding="utf-8") as page:
+        if first:
+            page.write(f"# The native engine beside int8 runtimes, {date}\n\n")
+        page.write("\n".join([head, *sections]))
+    say(f"added to {out}")
+
+
+if __name__ == "__main__":
+    main()
