@@ -9,13 +9,19 @@ namespace mixbits {
 namespace {
 
 void fill_pixels(std::uint8_t* at, std::int64_t pixels, const Border& border) {
+  const auto bytes = static_cast<std::size_t>(pixels * border.pixel);
   if (border.channels == border.pixel || border.value == 0) {
-    std::memset(at, border.value, static_cast<std::size_t>(pixels * border.pixel));
+    std::memset(at, border.value, bytes);
     return;
   }
-  for (std::int64_t i = 0; i < pixels; ++i, at += border.pixel) {
-    std::memset(at, border.value, static_cast<std::size_t>(border.channels));
-    std::memset(at + border.channels, 0, static_cast<std::size_t>(border.pixel - border.channels));
+  // The first pixel, then copies of all there is so far.
+  if (pixels == 0) return;
+  std::memset(at, border.value, static_cast<std::size_t>(border.channels));
+  std::memset(at + border.channels, 0, static_cast<std::size_t>(border.pixel - border.channels));
+  for (auto done = static_cast<std::size_t>(border.pixel); done < bytes;) {
+    const std::size_t more = std::min({done, bytes - done, std::size_t{4096}});
+    std::memcpy(at + done, at, more);
+    done += more;
   }
 }
 

@@ -11,6 +11,7 @@ namespace {
 constexpr std::int64_t kAccBytes =
     96 * 1024;                      // of the sums of one job: they are to stay in the nearest caches
 constexpr std::int64_t kRun = 512;  // values rounded at a time
+constexpr int kPixel = 4;           // bytes of the pixels that are made whole
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -131,6 +132,7 @@ bool LayerStep::run_job(const Frame& frame, std::int64_t image, int y0, int y1, 
 
 bool RoundStep::run(const Frame& frame) const {
   const Tensor source = from.in(frame), target = to.in(frame);
+  if (makes_pixels()) return round_pixels(frame, source, target);
   // The dimension that lies closest together is rounded in runs; the others are counted through.
   int inner = 0;
   for (int i = 1; i < source.rank; ++i) {
@@ -160,6 +162,36 @@ bool RoundStep::run(const Frame& frame) const {
       numbers &=
           finisher().round(rounding, values, static_cast<std::size_t>(count), to_stride == 1 ? out : rounded);
       if (to_stride != 1) write(rounded, out, to_stride, count);
+    }
+  }
+  return numbers;
+}
+
+bool RoundStep::makes_pixels() const {
+  return to.tensor.rank == 4 && to.tensor.shape[1] <= kPixel && to.tensor.strides[1] == 1 &&
+         to.tensor.strides[3] == kPixel;
+}
+
+bool RoundStep::round_pixels(const Frame& frame, const Tensor& source, const Tensor& target) const {
+  const std::int64_t height = source.shape[2], width = source.shape[3];
+  bool numbers = true;
+  float buffer[kRun];
+  std::uint8_t channels[kPixel][kRun] = {};
+  for (std::int64_t i = frame.begin(source.shape[0] * height); i < frame.end(source.shape[0] * height); ++i) {
+    const std::int64_t image = i / height, y = i % height;
+    for (std::int64_t x = 0; x < width; x += kRun) {
+      const std::int64_t count = std::min(kRun, width - x);
+      for (std::int64_t c = 0; c < source.shape[1]; ++c) {
+        const std::int64_t at =
+            image * source.strides[0] + c * source.strides[1] + y * source.strides[2] + x * source.strides[3];
+        const float* values = floats_at(source, at, source.strides[3], count, buffer);
+        numbers &= finisher().round(rounding, values, static_cast<std::size_t>(count), channels[c]);
+      }
+      auto* out = static_cast<std::uint8_t*>(target.data) + image * target.strides[0] +
+                  y * target.strides[2] + x * kPixel;
+      for (std::int64_t k = 0; k < count; ++k) {
+        for (int c = 0; c < kPixel; ++c) out[k * kPixel + c] = channels[c][k];
+      }
     }
   }
   return numbers;

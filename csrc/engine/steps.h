@@ -87,6 +87,11 @@ struct RoundStep final : Step {
   Rounding rounding;
 
   bool run(const Frame& frame) const override;
+
+ private:
+  // Images of at most four channels in pixels of four bytes, which are written whole: what networks read.
+  bool makes_pixels() const;
+  bool round_pixels(const Frame& frame, const Tensor& source, const Tensor& target) const;
 };
 
 // Nothing but its borders: memory that others leave as it was.

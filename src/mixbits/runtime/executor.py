@@ -52,6 +52,7 @@ class Executor:
         self._last = last_reads(program)
         weights = {name: unpack_weight(name, weight) for name, weight in program.weights.items()}
         self._attrs = [_resolve(step, program, weights) for step in program.instructions]
+        self._shapes: dict[int, tuple[int, ...]] = {}
         self.native: Native | None = None
         if engine == "native" or (engine is None and native_available()):
             try:
@@ -75,8 +76,7 @@ class Executor:
         """Logits of a batch, float32 ``[n, ...]``; ``ValueError`` if the input does not fit."""
         if self.native is not None:
             _check_input(x, self.program.input_shape)
-            shape = specs(self.program, len(x), max_elements=self._max_elements)[self.program.output].shape
-            return self.native.run(np.ascontiguousarray(x), np.empty(shape, np.float32))
+            return self.native.run(np.ascontiguousarray(x), np.empty(self._output_shape(len(x)), np.float32))
         alive: dict[str, Value] = {}
         for index, (name, value) in enumerate(self._run(x, alive), start=-1):
             read = () if index < 0 else self.program.instructions[index].inputs
@@ -85,6 +85,12 @@ class Executor:
                 if self._last.get(old, index) == index:
                     del alive[old]
         return floats_of(alive[self.program.output])
+
+    def _output_shape(self, samples: int) -> tuple[int, ...]:
+        if samples not in self._shapes:
+            spec = specs(self.program, samples, max_elements=self._max_elements)[self.program.output]
+            self._shapes = {samples: spec.shape}  # of the last batch: the next one is usually alike
+        return self._shapes[samples]
 
     def trace(self, x: NDArray[np.float32]) -> Mapping[str, Value]:
         """Every value by name, as the reference has it: ``Codes`` or float32 arrays."""
@@ -151,5 +157,8 @@ def _check_input(x: NDArray[np.float32], sample: tuple[int, ...]) -> None:
         raise ValueError(f"input: {x.dtype} is not float32; pass {wanted}, normalized as in training")
     if x.ndim == 0 or x.shape[1:] != sample:
         raise ValueError(f"input: shape {list(x.shape)} does not fit this program; pass {wanted}")
-    if not np.isfinite(x).all():
+    # A sum of finite values is finite, but for overflow; it costs a fraction of looking at each.
+    with np.errstate(all="ignore"):
+        total = x.sum()
+    if not np.isfinite(total) and not np.isfinite(x).all():
         raise ValueError("input: it holds infinities or NaN; pass finite values")

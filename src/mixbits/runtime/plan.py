@@ -391,7 +391,8 @@ class _Planner:
         source, grid = self.values[step.inputs[0]], grid_from_json(step.attrs["grid"])
         value = float(self.program.constants[step.attrs["step"]])
         to = self._codes(step.output, source.shape, grid, value)
-        self._clear(to)
+        if len(to.shape) != 4 or to.strides[3] != PIXEL_UNIT:  # those are written whole
+            self._clear(to)
 
         def make() -> Any:
             made = _native.RoundStep(source.operand, to.operand, rounding(grid, to, value))
