@@ -103,10 +103,7 @@ def policy(profile: Profile, pair: str) -> Policy:
     draw = np.random.default_rng(MIXED_SEED)
     grids = {}
     for site in profile.sites:
-        if pair == "mixed":
-            bits = int(draw.choice(MIXED))
-        else:
-            bits = int(pair.split("x")[site.kind == "activation"])
+        bits = int(draw.choice(MIXED) if pair == "mixed" else pair.split("x")[site.kind == "activation"])
         grids[site.name] = full_grid(site, 8 if site.name in eight else bits)
     return Policy(grids)
 
