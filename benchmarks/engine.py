@@ -1,4 +1,4 @@
-"""The native engine beside today's int8 runtimes: milliseconds of whole networks, taken in turns in one run.
+"""The native engine beside today's int8 runtimes: milliseconds of a batch, taken in turns in one run.
 
 Every contender is pinned to the same cores and the others wait while one runs. A round gives each a turn; a turn's
 result is its fastest run, the table's the fastest of all rounds. Weights are random, batch norms are estimated on noise,
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -38,7 +39,7 @@ import mixbits
 from mixbits import zoo
 from mixbits.core.policy import Policy
 from mixbits.core.profile import Profile
-from mixbits.fit.summary import machine
+from mixbits.fit.summary import processor
 from mixbits.graph.quant_graph import QuantGraph
 from mixbits.lower import lower
 from mixbits.runtime import Executor
@@ -178,12 +179,9 @@ def serving(command: Sequence[str]) -> Iterator[tuple[str, Callable[[float], flo
 # --- both ------------------------------------------------------------------------------------------------------------
 
 
-def compare(name: str, chosen: argparse.Namespace) -> str:
-    """The section of one network, as Markdown."""
-    _, shape, pairs, peers = NETWORKS[name]
-    peers = [peer for peer in peers if peer in (chosen.peers or peers)]
-    if chosen.isa == "avx2":
-        peers = [peer for peer in peers if peer == "openvino"]
+def compare(name: str, peers: Sequence[str], chosen: argparse.Namespace) -> str:
+    """The table of one network and the steps of its programs, as Markdown."""
+    _, shape, pairs, _ = NETWORKS[name]
     graph = float_network(name)
     folder = chosen.models / f"{name}_b{chosen.batch}"
     if not folder.exists():
@@ -202,8 +200,7 @@ def compare(name: str, chosen: argparse.Namespace) -> str:
     with ExitStack() as stack:
         turns: dict[str, Callable[[float], float]] = {}
         for peer in peers:
-            serve = command(chosen, "serve", peer, folder)
-            label, turn = stack.enter_context(serving(serve))
+            label, turn = stack.enter_context(serving(command(chosen, "serve", peer, folder)))
             turns[label] = turn
         rivals = list(turns)
         for label, engine in engines.items():
@@ -251,6 +248,23 @@ def steps(label: str, engine: Executor, x: Any) -> str:
     return "\n".join([*rows, "", "</details>", ""])
 
 
+def heading(name: str, cores: Sequence[int], load: float, chosen: argparse.Namespace) -> str:
+    """What was compared, by which command, on what; ``load`` is the load average before."""
+    words = ["PEERS/bin/python" if word == str(chosen.python) else word for word in sys.argv[1:]]
+    git = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, cwd=HERE, check=True, capture_output=True, text=True).stdout.strip()
+    threads = "1 thread" if chosen.threads == 1 else f"{chosen.threads} threads"
+    asked = shlex.join(["python", "benchmarks/engine.py", *words])
+    return (
+        f"## {name}, batch {chosen.batch}, {threads}, {chosen.isa} instructions\n\n"
+        f"Command: `{asked}`\n\n"
+        f"{processor()}, {os.cpu_count()} cores, pinned to {', '.join(map(str, cores))}; load average before {load:.1f}, "
+        f"after {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, commit {commit}, "
+        f"{time.strftime('%Y-%m-%d %H:%M')}; n = {chosen.rounds} rounds of {chosen.seconds} s a contender, "
+        f"{chosen.clock} time.\n"
+    )
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -275,8 +289,10 @@ def main() -> None:
     options.add_argument("--models", type=Path, default=Path("runs/engine"), help="the peers' models, kept")
     options.add_argument("--out", type=Path, help="the page")
     chosen = options.parse_args()
+    os.environ["MIXBITS_ISA"] = chosen.isa
+    os.environ.pop("ONEDNN_MAX_CPU_ISA", None)
     if chosen.isa != "native":
-        os.environ.update(MIXBITS_ISA=chosen.isa, ONEDNN_MAX_CPU_ISA=chosen.isa.upper())
+        os.environ["ONEDNN_MAX_CPU_ISA"] = chosen.isa.upper()  # OpenVINO's
     os.environ["OMP_NUM_THREADS"] = str(chosen.threads)  # the peers'
     if chosen.clock == "processor" and chosen.threads > 1:
         options.error("processor time adds up that of threads: use --clock wall")
@@ -285,28 +301,21 @@ def main() -> None:
         options.error(f"{chosen.threads} threads do not fit {len(cores)} cores")
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(chosen.threads)
-    began = os.getloadavg()[0]
-    sections = [f"### {name}\n\n{compare(name, chosen)}" for name in chosen.networks]
-    words = ["PEERS/bin/python" if word == str(chosen.python) else word for word in sys.argv[1:]]
-    asked = shlex.join(["python", "benchmarks/engine.py", *words])
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, check=True, capture_output=True, text=True
-    ).stdout.strip()
-    date = time.strftime("%Y-%m-%d")
-    head = (
-        f"## Batch {chosen.batch}, {chosen.threads} thread{'s' * (chosen.threads > 1)}, {chosen.isa} instructions\n\n"
-        f"Command: `{asked}`\n\n"
-        f"Machine: {machine()}, {os.cpu_count()} cores, of which {cores} used; load average before {began:.1f}, "
-        f"after {os.getloadavg()[0]:.1f}. Commit {commit}, {time.strftime('%Y-%m-%d %H:%M')}. n = {chosen.rounds} "
-        f"rounds of {chosen.seconds} s a contender, {chosen.clock} time.\n"
-    )
-    out = chosen.out or HERE / "results" / f"engine_{date}.md"
-    first = not out.exists()
-    with out.open("a", encoding="utf-8") as page:
-        if first:
-            page.write(f"# The native engine beside int8 runtimes, {date}\n\n")
-        page.write("\n".join([head, *sections]))
-    say(f"added to {out}")
+    out = chosen.out or HERE / "results" / f"engine_{time.strftime('%Y-%m-%d')}.md"
+    for name in chosen.networks:
+        began = os.getloadavg()[0]
+        peers = [peer for peer in chosen.peers or NETWORKS[name][3] if peer in NETWORKS[name][3]]
+        if chosen.isa != "native":
+            peers = [peer for peer in peers if peer == "openvino"]
+        if not peers:
+            options.error(f"{name}: no peer is left to compare with")
+        body = compare(name, peers, chosen)
+        page = (
+            out.read_text(encoding="utf-8") if out.exists() else "# The native engine beside int8 runtimes\n"
+        )
+        page += f"\n{heading(name, cores, began, chosen)}\n{body}"
+        out.write_text(page, encoding="utf-8")
+        say(f"{name}: added to {out}")
 
 
 if __name__ == "__main__":
