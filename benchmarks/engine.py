@@ -243,7 +243,7 @@ def steps(label: str, engine: Executor, x: Any) -> str:
         speed = f"{ran.macs / time_us / 1e3:.1f}" if ran.macs else ""
         share = f"{100 * time_us / sum(micros):.1f} %"
         rows.append(
-            f"| {' + '.join(ran.names)} | {ran.what} | {widths} | {time_us:.1f} | {share} | {speed} |"
+            f"| {' + '.join(dict.fromkeys(ran.names))} | {ran.what} | {widths} | {time_us:.1f} | {share} | {speed} |"
         )
     return "\n".join([*rows, "", "</details>", ""])
 
