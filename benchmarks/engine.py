@@ -9,8 +9,9 @@ with the reference's, bit for bit. A section is added to ``benchmarks/results/en
     python -m venv PEERS && PEERS/bin/pip install -r benchmarks/engine_peers.txt
     python benchmarks/engine.py --python PEERS/bin/python resnet18 resnet20 mobilenet_v2 linear4096 linear16384
 
-ResNet-20 has 1x1 convolutions as shortcuts (the peers' quantizers have no good form for padded ones). LiteRT reads int8
-with channels last, all others float32. With ``--isa avx2`` mixbits and OpenVINO keep to AVX2; no other peer can.
+ResNet-20 has 1x1 convolutions as shortcuts, so that no peer has to quantize padded channels. LiteRT reads int8 with
+channels last, all others float32. With ``--isa avx2`` mixbits and OpenVINO keep to AVX2, for which we know no switch of
+the others. On a busy machine, ``--clock processor`` gives nearly the figures of a quiet one; steps are always wall time.
 """
 
 from __future__ import annotations
