@@ -10,17 +10,22 @@
 namespace mixbits {
 namespace {
 
-// 64 entries of a table.
+// 64 entries of a table. Two look-ups, then two additions: one by one they take a quarter longer on Zen 4.
 void lookups(std::int64_t rounds) {
   __m512i sums[kCeilingSums] = {};
   __m512i indices = _mm512_set1_epi8(1);
   const __m512i table = _mm512_set1_epi8(3);
   for (std::int64_t i = 0; i < rounds; i += kCeilingSums) {
 #pragma GCC unroll 16
-    for (__m512i& sum : sums) {
+    for (int k = 0; k < kCeilingSums; k += 2) {
       asm volatile("" : "+v"(indices));  // so that they are looked up every time
-      sum = _mm512_add_epi8(sum, _mm512_permutexvar_epi8(indices, table));
-      asm volatile("" : "+v"(sum));
+      __m512i first = _mm512_permutexvar_epi8(indices, table);
+      asm volatile("" : "+v"(indices), "+v"(first));
+      __m512i second = _mm512_permutexvar_epi8(indices, table);
+      asm volatile("" : "+v"(second));
+      sums[k] = _mm512_add_epi8(sums[k], first);
+      sums[k + 1] = _mm512_add_epi8(sums[k + 1], second);
+      asm volatile("" : "+v"(sums[k]), "+v"(sums[k + 1]));
     }
   }
 }

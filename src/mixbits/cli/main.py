@@ -16,11 +16,12 @@ COMMANDS = {
     "compare": "methods x budgets x seeds from one start: what pays, and what is established",
     "sweep": "one method over many budgets: a front of accuracy against cost",
     "demo": "fit on embedded data, in under three minutes",
-    "profile": "list a network's sites, layers and costs",
+    "profile": "list a network's sites, layers and costs, and time its layers",
     "learn": "only learn the widths: policy.json",
     "finetune": "only train at the widths of a policy",
     "lower": "only pack the trained network: model.mixbits",
     "run": "run a packed model on data, without torch",
+    "bench": "time every kernel beside the ceiling of its instructions",
     "report": "write the page of a run, a comparison or a sweep",
     "methods": "list the methods that learn widths",
 }

@@ -14,6 +14,7 @@ LIMITS = {
     "act_sum": "Sum of activations",
     "act_peak": "Activation peak",
     "bops": "Bit operations",
+    "ms": "Latency",
     "size": "File size",
 }
 
@@ -82,8 +83,8 @@ def times(value: float) -> str:
 def amount(value: float | None, unit: str | None) -> str:
     """A cost in a readable unit.
 
-    >>> amount(900, "bytes"), amount(71782.4, "bytes"), amount(5e8, "bop"), amount(3.25, "bit")
-    ('900 bytes', '70.1 KiB', '0.500 GBOP', '3.25 bit')
+    >>> amount(900, "bytes"), amount(71782.4, "bytes"), amount(5e8, "bop"), amount(3.25, "bit"), amount(3, "ms")
+    ('900 bytes', '70.1 KiB', '0.500 GBOP', '3.25 bit', '3.000 ms')
     """
     if value is None:
         return UNKNOWN
@@ -95,6 +96,8 @@ def amount(value: float | None, unit: str | None) -> str:
         return f"{fixed(value / 1e9, 3)} GBOP" if value < 1e10 else f"{fixed(value / 1e9, 1)} GBOP"
     if unit in ("bit", "bits"):
         return f"{value:.2f} bit"
+    if unit == "ms":
+        return f"{fixed(value, 3)} ms"
     return f"{value:.4g} {unit or ''}".strip()
 
 
@@ -162,7 +165,7 @@ def unbroken(text: str) -> str:
     >>> unbroken("0.5 KiB of 9 sites, 3 %").split(" ")
     ['0.5\xa0KiB', 'of', '9', 'sites,', '3\xa0%']
     """
-    return re.sub(r"(?<=\d) (?=%|[KM]iB|GBOP|bytes?|bit|points|times|[mb]illion)", "\N{NO-BREAK SPACE}", text)
+    return re.sub(r"(?<=\d) (?=%|[KM]iB|GBOP|bytes?|bit|ms|points|times|[mb]illion)", "\N{NO-BREAK SPACE}", text)
 
 
 def shorten(text: str, most: int) -> str:

@@ -38,7 +38,7 @@ class Native:
         check_native(threads)
         self.program, self.threads = program, threads
         self._weights, self._choose = weights, choose or cheapest
-        self._separable = separable(program)
+        self.separable = separable(program)  # whether samples run one by one
         self._engines: dict[int, tuple[_native.Engine, Plan]] = {}
         self.plan = self._engine(1)[1]
 
@@ -46,8 +46,8 @@ class Native:
         """Fill ``out`` with the program's output for ``x``, both dense; ``ValueError`` where NaN was rounded."""
         if not len(x):
             return out
-        engine, plan = self._engine(1 if self._separable else len(x))
-        stopped = engine.run(x, out, len(x) if self._separable else 1)
+        engine, plan = self._engine(1 if self.separable else len(x))
+        stopped = engine.run(x, out, len(x) if self.separable else 1)
         if stopped >= 0:
             raise _not_a_number(plan.ran[stopped])
         return out
@@ -58,8 +58,8 @@ class Native:
 
     def steps(self, x: Floats, repeats: int) -> list[tuple[Ran, float]]:
         """What ran, and its seconds as :meth:`time` gives them; ``ValueError`` where NaN was rounded."""
-        engine, plan = self._engine(1 if self._separable else len(x))
-        seconds = engine.time(x, len(x) if self._separable else 1, repeats)
+        engine, plan = self._engine(1 if self.separable else len(x))
+        seconds = engine.time(x, len(x) if self.separable else 1, repeats)
         if inf in seconds:
             raise _not_a_number(plan.ran[seconds.index(inf)])
         return list(zip(plan.ran, seconds, strict=True))
