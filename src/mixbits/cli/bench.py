@@ -65,7 +65,15 @@ class BenchKernels:
     instructions of a kernel's inner loop reach from registers, measured here. MACs on padding count.
     """
 
-    pairs: tuple[str, ...] = ("1x1", "1x2", "2x1", "2x2", "2x4", "4x4", "8x8")  # weight bits x activation bits
+    pairs: tuple[str, ...] = (
+        "1x1",
+        "1x2",
+        "2x1",
+        "2x2",
+        "2x4",
+        "4x4",
+        "8x8",
+    )  # weight bits x activation bits
     layers: tuple[str, ...] = ()  # parts of names; default: all
     kernels: tuple[str, ...] = ()  # parts of names; default: all but those in plain C++
     rounds: int = 15
@@ -97,7 +105,9 @@ def main(arguments: list[str]) -> None:
 def _rows(layer: Layer, pair: str, names: list[str], rounds: int) -> None:
     w_bits, _, a_bits = pair.partition("x")
     if not (w_bits.isdigit() and a_bits.isdigit()):
-        raise ValueError(f"cannot read the pair {pair!r}; write weight bits x activation bits, for example 2x4")
+        raise ValueError(
+            f"cannot read the pair {pair!r}; write weight bits x activation bits, for example 2x4"
+        )
     weight_grid, input_grid = Uniform(int(w_bits), True, "bipolar"), Uniform(int(a_bits), False)
     shape = (layer.outputs, layer.channels // layer.groups, layer.kernel, layer.kernel)
     conv = convolution(
@@ -112,7 +122,9 @@ def _rows(layer: Layer, pair: str, names: list[str], rounds: int) -> None:
     rng = np.random.default_rng(0)
     levels = rng.choice(np.array(weight_grid.levels, np.int16), shape)
     pixels = np.zeros((conv.in_h, conv.in_w, conv.pixel_stride), np.uint8)
-    pixels[..., : layer.channels] = rng.integers(0, len(input_grid.levels), (conv.in_h, conv.in_w, layer.channels))
+    pixels[..., : layer.channels] = rng.integers(
+        0, len(input_grid.levels), (conv.in_h, conv.in_w, layer.channels)
+    )
     able = [name for name in names if not _native.refuses(name, conv)]
     costs = {name: _native.kernel_cost(name, conv) for name in able}
     least = dict.fromkeys(able, float("inf"))

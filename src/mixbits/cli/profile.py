@@ -21,13 +21,11 @@ from mixbits.core.grid import Grid
 from mixbits.core.profile import Profile
 from mixbits.data.open import open_dataset
 from mixbits.fit.stages import build_network
-from mixbits.graph.quant_graph import QuantGraph, capture, put_
-from mixbits.lower.lower import lower
-from mixbits.quant.quantizer import LearnedStep
+from mixbits.graph.quant_graph import QuantGraph, capture
+from mixbits.lower.untrained import lower_untrained
 from mixbits.runtime.latency import measure_latency, predicted_ms
 from mixbits.train.method import full_grid
 
-TIMED_BITS, TIMED_STEP = 8, 0.05  # of every site, when the network is lowered to be timed
 UNIFORM = (8, 4, 2)  # bits shown beside float
 
 
@@ -86,21 +84,14 @@ def _sites(profile: Profile) -> Table:
 
 
 def _measured(graph: QuantGraph, chosen: ProfileNetwork) -> LatencyTable:
-    """The times of the network's layers; its values do not matter, so any step will do."""
+    """The times of the network's layers."""
     profile = graph.profile
 
     def grid_of(site: str, bits: int) -> Grid:
         return full_grid(profile.site(site), bits)
 
-    timed = graph.copy()
-    steps = {
-        site.name: LearnedStep(grid_of(site.name, TIMED_BITS), torch.tensor(TIMED_STEP), shared_by=1)
-        for site in profile.sites
-    }
-    put_(timed, steps)
-    timed.module.eval()
     return measure_latency(
-        lower(timed),
+        lower_untrained(graph),
         profile,
         grid_of,
         weight_bits=chosen.weight_bits,

@@ -72,7 +72,9 @@ def _steps(ran: Mapping[str, Any]) -> Table:
     """What really ran, in order."""
     steps = ran["steps"]
     total = sum(step["us"] for step in steps)
-    title = f"{ran['engine']} engine, threads: {ran['threads']}, batch: {ran['batch']}, {ran['ms']:.3f} ms a run"
+    title = (
+        f"{ran['engine']} engine, threads: {ran['threads']}, batch: {ran['batch']}, {ran['ms']:.3f} ms a run"
+    )
     table = Table(title=title)
     for name in ("step", "kernel", "bits", "us", "share", "bytes moved"):
         table.add_column(name, justify="left" if name in ("step", "kernel") else "right")

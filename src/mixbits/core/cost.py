@@ -66,7 +66,9 @@ class Lookup:
         rows, columns = self.widths
         if bits[0] in rows and bits[1] in columns and all(isinstance(b, int) for b in bits):
             return self.values[rows.index(bits[0])][columns.index(bits[1])]
-        (row, below), (column, left) = (_between(b, known) for b, known in zip(bits, self.widths, strict=True))
+        (row, below), (column, left) = (
+            _between(b, known) for b, known in zip(bits, self.widths, strict=True)
+        )
         upper, lower = self.values[row], self.values[min(row + 1, len(rows) - 1)]
         right = min(column + 1, len(columns) - 1)
         ends = [line[column] + left * (line[right] - line[column]) for line in (upper, lower)]

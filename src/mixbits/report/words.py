@@ -165,7 +165,9 @@ def unbroken(text: str) -> str:
     >>> unbroken("0.5 KiB of 9 sites, 3 %").split(" ")
     ['0.5\xa0KiB', 'of', '9', 'sites,', '3\xa0%']
     """
-    return re.sub(r"(?<=\d) (?=%|[KM]iB|GBOP|bytes?|bit|ms|points|times|[mb]illion)", "\N{NO-BREAK SPACE}", text)
+    return re.sub(
+        r"(?<=\d) (?=%|[KM]iB|GBOP|bytes?|bit|ms|points|times|[mb]illion)", "\N{NO-BREAK SPACE}", text
+    )
 
 
 def shorten(text: str, most: int) -> str:

@@ -28,7 +28,10 @@ def _depthwise(conv: _native.Conv, a_bits: int) -> float:
 
 # Of each kernel: the instructions (csrc/kernels/ceiling.h), and the products that one round of them makes.
 MIXES: dict[str, tuple[str, Products]] = {
-    "bitplanes_avx512popcnt": ("vpandd + vpopcntd + vpaddd", lambda conv, a_bits: 512 / (conv.w_bits * a_bits)),
+    "bitplanes_avx512popcnt": (
+        "vpandd + vpopcntd + vpaddd",
+        lambda conv, a_bits: 512 / (conv.w_bits * a_bits),
+    ),
     "depthwise_avx512vnni": ("vpdpbusd", _depthwise),
     "dot_avx2": ("vpmaddubsw + vpaddw", lambda conv, a_bits: 32),
     "dot_avx512vnni": ("vpdpbusd", lambda conv, a_bits: 64),

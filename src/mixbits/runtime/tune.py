@@ -56,9 +56,7 @@ def tuned(program: Program, weights: Mapping[str, Weight], *, threads: int = 1) 
     measured = {
         conv: kept[conv] for conv, names in promising_of.items() if set(kept.get(conv, ())) == set(names)
     }
-    unknown = {
-        conv: names for conv, names in promising_of.items() if len(names) > 1 and conv not in measured
-    }
+    unknown = {conv: names for conv, names in promising_of.items() if len(names) > 1 and conv not in measured}
     if unknown:
         try:
             new = measure(program, weights, unknown, conv_of, threads=threads)
@@ -70,7 +68,11 @@ def tuned(program: Program, weights: Mapping[str, Weight], *, threads: int = 1) 
 
     def choose(conv: _native.Conv, layer: str, kernels: Sequence[str]) -> str:
         microseconds = measured.get(key(conv))
-        return min(microseconds, key=microseconds.__getitem__) if microseconds else cheapest(conv, layer, kernels)
+        return (
+            min(microseconds, key=microseconds.__getitem__)
+            if microseconds
+            else cheapest(conv, layer, kernels)
+        )
 
     return choose
 
