@@ -61,8 +61,8 @@ LAYERS = (
 class BenchKernels:
     """Time every kernel that can run here, weights and input warm, one thread.
 
-    A round gives each kernel of a layer its turn; the least time of all rounds counts. The ceiling is what the
-    instructions of a kernel's inner loop reach from registers, measured here. MACs on padding count.
+    A round gives each kernel of a layer its turn; the least time of all rounds counts. The ceiling is what
+    the instructions of a kernel's inner loop reach from registers, measured here. MACs on padding count.
     """
 
     pairs: tuple[str, ...] = (

@@ -15,9 +15,9 @@ from rich.table import Table
 
 from mixbits.core.budget import LATENCY, format_amount
 from mixbits.core.cost import COSTS, float_bits
+from mixbits.core.grid import Grid
 from mixbits.core.latency import LatencyTable
 from mixbits.core.policy import read_policy
-from mixbits.core.grid import Grid
 from mixbits.core.profile import Profile
 from mixbits.data.open import open_dataset
 from mixbits.fit.stages import build_network

@@ -66,7 +66,7 @@ class Budget:
 
     @property
     def latency(self) -> Limit | None:
-        """The limit on latency, if there is one. It alone may be met by wider sites and not by narrower ones."""
+        """The limit on latency, if any. It alone may be met by wider sites and not by narrower ones."""
         return next((limit for limit in self.limits if limit.table is not None), None)
 
     def __str__(self) -> str:
@@ -79,7 +79,7 @@ def unit_of(cost: str) -> str:
 
 
 def parse_budget(text: str, latency: LatencyTable | None = None) -> Budget:
-    """The budget written as ``name=value`` pairs with commas between; ``latency`` is what ``ms=`` is read from.
+    """The budget written as ``name=value`` pairs with commas between; ``ms=`` is read from ``latency``.
 
     >>> [(limit.cost, limit.asked) for limit in parse_budget("weights=70KiB, bops=0.5G").limits]
     [('weights', 71680.0), ('bops', 500000000.0)]

@@ -46,10 +46,11 @@ class Term:
 
 @dataclass(frozen=True)
 class Lookup:
-    """A summand that was measured at some pairs of widths of two sites: ``values[i][j]`` at ``widths``' ``i, j``.
+    """A summand measured at pairs of widths of two sites: ``values[i][j]`` at ``widths[0][i], widths[1][j]``.
 
     A wider pair may have the smaller value. Integer widths that were measured give what was measured; between
-    widths the value is bilinear, and beyond them it goes on as between the last two, so that it has a gradient.
+    widths the value is bilinear, and beyond them it goes on as between the last two: it has a gradient
+    everywhere.
 
     >>> Lookup(("w", "x"), ((2, 4), (2, 8)), ((10, 40), (30, 20))).amount(4, 2)
     30

@@ -29,8 +29,8 @@ class LayerTimes:
 class LatencyTable:
     """Times of a network's layers on one machine, of a whole batch, in nanoseconds.
 
-    ``rest_ns`` is what a run takes beside its layers, whatever the widths. The latency at some widths is the sum
-    of the layers' and of it.
+    ``rest_ns`` is what a run takes beside its layers, whatever the widths. The latency at some widths is the
+    sum of the layers' and of it.
     """
 
     network: str
@@ -48,7 +48,7 @@ class LatencyTable:
     file: str = ""  # where it was read, for messages
 
     def amount(self, profile: Profile) -> Amount:
-        """The latency in milliseconds as a sum over the layers; ``ValueError`` for a network not measured here."""
+        """The latency in milliseconds as a sum over layers; ``ValueError`` for another network."""
         known = {layer.name: layer for layer in self.layers}
         terms: list[Term | Lookup] = [Term((), self.rest_ns)]
         for op in profile.ops:
@@ -61,25 +61,25 @@ class LatencyTable:
             if layer.macs != op.macs:
                 raise ValueError(
                     f"{op.name}: the layer has {op.macs} MACs, that of the latency table {self.file} "
-                    f"{layer.macs}: it was measured for another network or input size ({self.network}). Measure "
-                    "this one with `mixbits profile ... --latency`."
+                    f"{layer.macs}: it was measured for another network or input size ({self.network}). "
+                    "Measure this one with `mixbits profile ... --latency`."
                 )
             widths = (self.weight_bits, self.activation_bits)
             terms.append(Lookup((op.weight, op.input), widths, layer.ns))
         return Amount((tuple(terms),), divisor=NS_PER_MS)
 
     def check(self, profile: Profile, widths: Mapping[str, Sequence[int]]) -> None:
-        """Raise ``ValueError`` unless every pair of ``widths`` (of each site) was measured, naming the layer."""
+        """Raise ``ValueError`` unless every pair of ``widths`` was measured, naming the layer."""
         self.amount(profile)
         for op in profile.ops:
             for weight in widths[op.weight]:
                 for activation in widths[op.input]:
                     if weight not in self.weight_bits or activation not in self.activation_bits:
                         raise ValueError(
-                            f"{op.name}: the latency table {self.file} has no time for {weight}-bit weights with "
-                            f"{activation}-bit inputs; it has weights of {_listed(self.weight_bits)} and inputs "
-                            f"of {_listed(self.activation_bits)} bits. Measure with these candidates, or leave "
-                            "those widths out."
+                            f"{op.name}: the latency table {self.file} has no time for {weight}-bit weights "
+                            f"with {activation}-bit inputs; it has weights of "
+                            f"{_listed(self.weight_bits)} and inputs of {_listed(self.activation_bits)} "
+                            "bits. Measure with these candidates, or leave those widths out."
                         )
 
     def check_machine(self, cpu: str, isa: str, cores: int) -> None:
@@ -87,13 +87,14 @@ class LatencyTable:
         for what, measured, here in (("CPU", self.cpu, cpu), ("level of instructions", self.isa, isa)):
             if measured != here:
                 raise ValueError(
-                    f"the latency table {self.file} holds for the {what} {measured!r}, this is {here!r}. Measure "
-                    "here, or take it all the same with --latency-elsewhere if the network is to run there."
+                    f"the latency table {self.file} holds for the {what} {measured!r}, this is {here!r}. "
+                    "Measure here, or give --latency-elsewhere if the network is to run there."
                 )
         if self.threads > cores:
             raise ValueError(
-                f"the latency table {self.file} holds for {self.threads} threads, this process may use {cores} "
-                "cores. Measure with fewer threads, or take it all the same with --latency-elsewhere."
+                f"the latency table {self.file} holds for {self.threads} threads, this process may use "
+                f"{cores} cores. Measure with fewer threads, or give --latency-elsewhere if the network is "
+                "to run there."
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -125,8 +126,18 @@ def read_latency(path: Path) -> LatencyTable:
             )
             for row in fields.pop("layers")
         )
-        widths = {key: tuple(int(b) for b in fields.pop(key)) for key in ("weight_bits", "activation_bits")}
-        table = LatencyTable(**fields, **widths, layers=layers, file=str(path))
+        weights, activations = (
+            tuple(int(bits) for bits in fields.pop(key)) for key in ("weight_bits", "activation_bits")
+        )
+        numbers = {key: int(fields.pop(key)) for key in ("threads", "batch", "rest_ns")}
+        table = LatencyTable(
+            **fields,
+            **numbers,
+            weight_bits=weights,
+            activation_bits=activations,
+            layers=layers,
+            file=str(path),
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: the latency table is damaged ({error}). {remedy}") from None
     shape = [len(table.activation_bits)] * len(table.weight_bits)

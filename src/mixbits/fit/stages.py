@@ -198,8 +198,7 @@ def start(run: Run, *, resume: bool) -> None:
     if recipe.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {recipe.device}: this torch sees no CUDA device; use --device cpu")
     target = recipe.target()
-    if run.latency is not None and not recipe.latency_elsewhere:
-        run.latency.check_machine(*here())
+    _check_machine(run)
     target.choices(run.graph.profile)
     len(run.task.train)  # raises if the training set cannot be split as asked
     if tuple(run.dataset.input_shape) != run.graph.profile.input_shape:
@@ -220,6 +219,12 @@ def start(run: Run, *, resume: bool) -> None:
     run.folder.write_bytes("metrics.jsonl", b"")  # a run that does not train has no row
     run.folder.write_json("started.json", time.strftime("%Y-%m-%dT%H:%M:%S"))
     run.folder.write_json("recipe.json", to_dict(recipe))
+
+
+def _check_machine(run: Run) -> None:
+    """Raise ``ValueError`` if the latency table is of another machine, unless the recipe says so."""
+    if run.latency is not None and not run.recipe.latency_elsewhere:
+        run.latency.check_machine(*here())
 
 
 def measured(run: Run, network: QuantGraph, bits: Mapping[str, int], seconds: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The program of a network whose widths and steps are still to be found: for its instructions and their times."""
+"""The program of a network whose widths are still to be found: for its instructions and their times."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ANY_STEP = 0.05
 
 
 def lower_untrained(graph: QuantGraph) -> Program:
-    """A network without quantizers, with 8 bits and the same arbitrary step everywhere: its values mean nothing."""
+    """A network without quantizers, at 8 bits and any steps: its values mean nothing."""
     network = graph.copy()
     put_(
         network,

@@ -83,8 +83,10 @@ def times(value: float) -> str:
 def amount(value: float | None, unit: str | None) -> str:
     """A cost in a readable unit.
 
-    >>> amount(900, "bytes"), amount(71782.4, "bytes"), amount(5e8, "bop"), amount(3.25, "bit"), amount(3, "ms")
-    ('900 bytes', '70.1 KiB', '0.500 GBOP', '3.25 bit', '3.000 ms')
+    >>> amount(900, "bytes"), amount(71782.4, "bytes"), amount(5e8, "bop"), amount(3.25, "bit")
+    ('900 bytes', '70.1 KiB', '0.500 GBOP', '3.25 bit')
+    >>> amount(0.25591, "ms")
+    '0.2559 ms'
     """
     if value is None:
         return UNKNOWN
@@ -96,8 +98,6 @@ def amount(value: float | None, unit: str | None) -> str:
         return f"{fixed(value / 1e9, 3)} GBOP" if value < 1e10 else f"{fixed(value / 1e9, 1)} GBOP"
     if unit in ("bit", "bits"):
         return f"{value:.2f} bit"
-    if unit == "ms":
-        return f"{fixed(value, 3)} ms"
     return f"{value:.4g} {unit or ''}".strip()
 
 

@@ -17,7 +17,7 @@ Products = Callable[["_native.Conv", int], float]  # convolution, width of its i
 
 
 def _of_indices(count: int, bits: int) -> Products:
-    """``count`` look-ups by indices of ``bits`` bits, each the sum of as many products as codes fit an index."""
+    """``count`` look-ups by indices of ``bits`` bits, each of as many products as codes fit an index."""
     return lambda conv, a_bits: count * (bits // max(conv.w_bits, a_bits))
 
 

@@ -21,7 +21,6 @@ from mixbits.runtime.reference import REFERENCE
 from mixbits.runtime.tune import tuned
 from mixbits.runtime.values import Codes, Floats, Value, Weight, floats_of
 
-
 Engine: TypeAlias = Literal["native", "reference"]
 
 

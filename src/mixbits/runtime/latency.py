@@ -1,8 +1,8 @@
 """Latency, measured: every layer of a network at every pair of widths, with the kernels that will run.
 
-The network runs as a whole, all its weights at one width and all its activations at another, and each layer is
-timed where it will run: with what runs along with it (residual, limits, rounding), with weights as cold as its
-neighbours leave them. What a run takes beside its layers is the same at all widths: their median.
+The network runs as a whole, all its weights at one width and all its activations at another, and each layer
+is timed where it will run: with what runs along with it (residual, limits, rounding), with weights as cold as
+its neighbours leave them. What a run takes beside its layers depends little on widths: it is their median.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from statistics import median
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 import mixbits
-from mixbits.core.grid import Grid, grid_from_json, grid_to_json
+from mixbits.core.grid import Grid, grid_to_json
 from mixbits.core.latency import LatencyTable, LayerTimes
 from mixbits.core.profile import Profile
 from mixbits.core.program import PackedWeight, Program
@@ -27,7 +28,7 @@ from mixbits.runtime.native import check_native
 from mixbits.runtime.steps import repeats_for, seconds_of
 from mixbits.runtime.tune import isa_level
 
-if native_available():
+if TYPE_CHECKING or native_available():
     from mixbits import _native
 
 ROUNDS = 5  # in each of which every pair of widths has its turn, so that a disturbance hits all

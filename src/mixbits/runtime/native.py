@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import inf, prod
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from mixbits.core.check import specs
 from mixbits.core.program import Program
@@ -38,7 +35,7 @@ class Native:
         check_native(threads)
         self.program, self.threads = program, threads
         self._weights, self._choose = weights, choose or cheapest
-        self.separable = separable(program)  # whether samples run one by one
+        self.separable = separable(program)  # samples run one by one
         self._engines: dict[int, tuple[_native.Engine, Plan]] = {}
         self.plan = self._engine(1)[1]
 

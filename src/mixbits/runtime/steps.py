@@ -1,4 +1,4 @@
-"""What really ran: a program's speed, and the steps of the native engine, each with its kernel and its time."""
+"""What really ran: a program's speed, and the steps of the native engine with their kernels and times."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ FEWEST, MOST = 3, 50  # runs
 def speed(executor: Executor, x: Floats) -> dict[str, Any]:
     """JSON of how fast ``x`` ``[n, ...]`` runs, in least times; ``n`` is 1 or more.
 
-    ``engine``, ``threads``, ``batch``; ``ms``: of a call, with all its samples; ``steps``: what the native engine
-    does in order, each with ``name``: the instructions it computes; ``kernel``: that, or the operation;
-    ``weight_bits`` and ``input_bits``: null if it is no layer; ``macs``; ``bytes``: inputs, outputs and weights,
-    each counted once a time that the step runs; ``us``: microseconds.
+    ``engine``, ``threads``, ``batch``; ``ms``: of a call, with all its samples; ``steps``: what the native
+    engine does in order, each with ``name``: the instructions it computes; ``kernel``: that, or the
+    operation; ``weight_bits`` and ``input_bits``: null if it is no layer; ``macs``; ``bytes``: inputs,
+    outputs and weights, each counted once a time that the step runs; ``us``: microseconds.
     """
     x = np.ascontiguousarray(x)
     repeats = repeats_for(executor, x, TIMED_SECONDS)

@@ -1,8 +1,9 @@
 """The choice of kernels by measurement, kept from one process to the next.
 
-Estimates say which kernels of a layer are promising; what is fastest depends on the CPU. So a network is run with
-each of them in turn, and every layer gets the one that took least time where it will run: between its neighbours,
-with weights and inputs as cold as they leave them. All kernels give the same sums, so only the speed changes.
+Estimates say which kernels of a layer are promising; what is fastest depends on the CPU. So the network runs
+with each of them in turn, and every layer gets the one that took least time where it will run: between its
+neighbours, with weights and inputs as cold as they leave them. All kernels give the same sums, so only the
+speed changes.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ FORMAT, VERSION = "mixbits-kernels", 1
 def tuned(program: Program, weights: Mapping[str, Weight], *, threads: int = 1) -> Choose:
     """A choice of the kernels that were fastest in this program; layers that it lacks get the estimate's.
 
-    What is known of equal layers on this machine is taken from the file at :func:`cache_path`, and what had to be
+    What is known of equal layers on this machine is taken from the file at :func:`cache_path`; what had to be
     measured is added to it.
     """
     check_native(threads)
@@ -92,7 +93,7 @@ def measure(
     *,
     threads: int,
 ) -> dict[str, Measured]:
-    """Microseconds of the kernels ``names`` of each convolution, over all layers that are that convolution."""
+    """Microseconds of the kernels ``names`` of each convolution, over all layers that are equal to it."""
 
     def ranked(rank: int) -> Choose:
         def choose(conv: _native.Conv, layer: str, kernels: Sequence[str]) -> str:
@@ -120,7 +121,7 @@ def measure(
     return found
 
 
-# --- the file ------------------------------------------------------------------------------------------------
+# --- the file --------------------------------------------------------------------------------------------
 
 
 def cache_path() -> Path:
@@ -186,6 +187,6 @@ def add_to_cache(path: Path, where: str, new: Mapping[str, Measured]) -> None:
             file.write((json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
         warnings.warn(
-            f"{path}: the measured choice of kernels cannot be kept ({error}); it is measured in every process",
+            f"{path}: the measured choice of kernels cannot be kept ({error}); each process measures anew",
             stacklevel=2,
         )

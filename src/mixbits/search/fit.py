@@ -13,7 +13,7 @@ from mixbits.search.ilp import least_harm
 
 def fit(
     profile: Profile,
-    bits: Mapping[str, float],
+    bits: Mapping[str, int],
     budget: Budget,
     allowed: Choices,
     damage: Damage = noise_power,
@@ -22,9 +22,9 @@ def fit(
 ) -> dict[str, int]:
     """``bits`` rounded to allowed widths that fit; with ``fill``, what is left of the budget widens sites.
 
-    Without a limit on latency it is :func:`mixbits.search.greedy.fit`. With one, narrowing need not help, and the
-    widths are those of least damage; without ``fill`` widths beyond ``bits`` do no less damage, and ``bits``
-    stay as they are if they fit. Raises ``InfeasibleError`` if no choice fits.
+    Without a limit on latency it is :func:`mixbits.search.greedy.fit`. With one, narrowing need not help, and
+    the widths are those of least damage; without ``fill``, widths beyond ``bits`` do no less damage, and
+    ``bits`` stay as they are if they fit. Raises ``InfeasibleError`` if no choice fits.
     """
     if budget.latency is None:
         return greedy.fit(profile, bits, budget, allowed, damage, fill=fill)

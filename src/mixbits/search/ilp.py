@@ -107,7 +107,7 @@ def check_feasible(profile: Profile, budget: Budget, allowed: Choices) -> None:
     for term in latency.amount(profile).sums[0]:
         if isinstance(term, Lookup):
             times = pairs.setdefault(term.sites, {})
-            for widths in product(*(allowed.widths[site] for site in term.sites)):
+            for widths in product(allowed.widths[term.sites[0]], allowed.widths[term.sites[1]]):
                 times[widths] = times.get(widths, 0.0) + term.amount(*widths)
     fastest = least_harm(profile, others, allowed, {}, pairs)
     least = latency.used(profile, fastest)
@@ -116,7 +116,8 @@ def check_feasible(profile: Profile, budget: Budget, allowed: Choices) -> None:
         reachable, above = (format_amount(latency.cost, ms) for ms in (least, least - latency.asked))
         raise InfeasibleError(
             f"the budget cannot be met with these candidates and pins:\n  {latency.text}: at least "
-            f"{reachable}{within}, which is {above} above\n  Ask for more, allow other candidates, or drop a pin."
+            f"{reachable}{within}, which is {above} above\n"
+            "  Ask for more, allow other candidates, or drop a pin."
         )
 
 
