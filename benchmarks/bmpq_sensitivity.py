@@ -24,7 +24,7 @@ from mixbits.data import load_digits
 from mixbits.fit.summary import machine
 from mixbits.graph.quant_graph import QuantGraph
 from mixbits.methods.bmpq import BMPQ, one_activation_width, solve
-from mixbits.search.greedy import fit
+from mixbits.search.fit import fit
 from mixbits.train.finetune import Finetune, finetune
 from mixbits.train.method import Target, learn
 from mixbits.train.steps import Loop

@@ -11,6 +11,7 @@
 #include <chrono>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <optional>
 #include <string>
@@ -20,6 +21,7 @@
 #include "engine/bind_engine.h"
 #include "engine/bind_operations.h"
 #include "engine/memory.h"
+#include "kernels/ceiling.h"
 #include "kernels/registry.h"
 #include "pack/bits.h"
 
@@ -89,6 +91,37 @@ std::tuple<double, int, int> kernel_cost(const std::string& name, const mixbits:
   const mixbits::Kernel& kernel = usable_kernel(name);
   if (const char* why = kernel.refuses(conv)) throw nb::value_error(("kernel " + name + ": " + why).c_str());
   return {kernel.cycles(conv), kernel.rows(conv), kernel.rows_step};
+}
+
+std::size_t weight_bytes(const std::string& name, const mixbits::Conv& conv) {
+  return usable_kernel(name).weight_bytes(conv);
+}
+
+// Names of the ceilings that this CPU (and MIXBITS_ISA) can measure.
+std::vector<std::string> ceilings() {
+  std::vector<std::string> names;
+  for (const mixbits::Ceiling* ceiling : mixbits::all_ceilings()) {
+    if (mixbits::usable(ceiling->isa)) names.emplace_back(ceiling->name);
+  }
+  return names;
+}
+
+// Least seconds of one round over `repeats` measurements of some 0.1 milliseconds.
+double time_ceiling(const std::string& name, int repeats) {
+  constexpr std::int64_t kRounds = 30000 * mixbits::kCeilingSums;
+  for (const mixbits::Ceiling* ceiling : mixbits::all_ceilings()) {
+    if (ceiling->name != name || !mixbits::usable(ceiling->isa)) continue;
+    const nb::gil_scoped_release released;
+    double least = std::numeric_limits<double>::infinity();
+    for (int i = 0; i < repeats; ++i) {
+      const auto before = std::chrono::steady_clock::now();
+      ceiling->run(kRounds);
+      const std::chrono::duration<double> took = std::chrono::steady_clock::now() - before;
+      least = std::min(least, took.count() / kRounds);
+    }
+    return least;
+  }
+  throw nb::value_error(("no ceiling " + name + " can be measured here").c_str());
 }
 
 std::string isa_problem() {
@@ -229,6 +262,11 @@ NB_MODULE(_native, module) {
              "Seconds of each of `repeats` runs of one image, weights and input warm.");
   module.def("kernel_cost", &kernel_cost, nb::arg("name"), nb::arg("conv"),
              "Estimated cycles of an image, and output rows of a call that suit the kernel.");
+  module.def("weight_bytes", &weight_bytes, nb::arg("name"), nb::arg("conv"),
+             "Bytes of a convolution's weights as a kernel keeps them.");
+  module.def("ceilings", &ceilings, "Instruction mixes whose speed can be measured here.");
+  module.def("time_ceiling", &time_ceiling, nb::arg("name"), nb::arg("repeats"),
+             "Least seconds of one round of an instruction mix: csrc/kernels/ceiling.h.");
   module.def("isa_problem", &isa_problem, "Empty, or what is wrong with MIXBITS_ISA.");
   module.def("cpu_model", &mixbits::cpu_model, "The CPU's model name.");
 }

@@ -77,9 +77,9 @@ int run(Engine& engine, const Floats& input, const OutFloats& output, std::int64
                     reinterpret_cast<std::uint8_t*>(output.data()), samples);
 }
 
-std::vector<double> time(Engine& engine, const Floats& input, int repeats) {
+std::vector<double> time(Engine& engine, const Floats& input, std::int64_t samples, int repeats) {
   const nb::gil_scoped_release released;
-  return engine.time(reinterpret_cast<const std::uint8_t*>(input.data()), repeats);
+  return engine.time(reinterpret_cast<const std::uint8_t*>(input.data()), samples, repeats);
 }
 
 }  // namespace
@@ -226,8 +226,8 @@ void bind_engine(nb::module_& module) {
       .def("add", &add<OperationStep>)
       .def("run", &run, nb::arg("input").noconvert(), nb::arg("output").noconvert(), nb::arg("samples"),
            "The index of a step that met what is not a number, or -1.")
-      .def("time", &time, nb::arg("input").noconvert(), nb::arg("repeats"),
-           "Least seconds of each step over runs of one sample.")
+      .def("time", &time, nb::arg("input").noconvert(), nb::arg("samples"), nb::arg("repeats"),
+           "Least seconds of each step over runs of so many samples, all samples together.")
       .def("memory", &Engine::memory, "Bytes that runs take.")
       .def("__len__", &Engine::size);
 }

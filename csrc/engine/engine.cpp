@@ -25,6 +25,24 @@ void fill_pixels(std::uint8_t* at, std::int64_t pixels, const Border& border) {
   }
 }
 
+// Adds the seconds of its life to a number, if there is one.
+class Stopwatch {
+ public:
+  explicit Stopwatch(double* seconds) : seconds_(seconds) {
+    if (seconds_ != nullptr) began_ = Clock::now();
+  }
+  Stopwatch(const Stopwatch&) = delete;
+  Stopwatch& operator=(const Stopwatch&) = delete;
+  ~Stopwatch() {
+    if (seconds_ != nullptr) *seconds_ += std::chrono::duration<double>(Clock::now() - began_).count();
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  double* seconds_;
+  Clock::time_point began_;
+};
+
 }  // namespace
 
 void Border::fill(const Frame& frame) const {
@@ -76,10 +94,21 @@ Frame Engine::frame(int worker, const std::uint8_t* input, std::uint8_t* output,
           parts};
 }
 
-int Engine::run_sample(const std::uint8_t* input, std::uint8_t* output, std::int64_t sample,
+// One thread computes a sample.
+int Engine::run_alone(const Frame& frame, double* seconds) const {
+  for (std::size_t i = 0; i < steps_.size(); ++i) {
+    const Stopwatch watch(seconds == nullptr ? nullptr : seconds + i);
+    for (const Border& border : steps_[i]->borders) border.fill(frame);
+    if (!steps_[i]->run(frame)) return static_cast<int>(i);
+  }
+  return -1;
+}
+
+// All threads compute a sample, step by step.
+int Engine::run_shared(const std::uint8_t* input, std::uint8_t* output, std::int64_t sample,
                        double* seconds) {
   for (std::size_t i = 0; i < steps_.size(); ++i) {
-    const auto before = std::chrono::steady_clock::now();
+    const Stopwatch watch(seconds == nullptr ? nullptr : seconds + i);
     std::atomic<bool> numbers{true};
     threads_.run([&](int part) {
       const Frame share = frame(part, input, output, sample, part, threads_.count());
@@ -89,51 +118,48 @@ int Engine::run_sample(const std::uint8_t* input, std::uint8_t* output, std::int
       if (!steps_[i]->run(share)) numbers = false;
     });
     if (!numbers) return static_cast<int>(i);
-    if (seconds != nullptr) {
-      const std::chrono::duration<double> took = std::chrono::steady_clock::now() - before;
-      seconds[i] = std::min(seconds[i], took.count());
-    }
   }
   return -1;
 }
 
-int Engine::run(const std::uint8_t* input, std::uint8_t* output, std::int64_t samples) {
-  const std::scoped_lock lock(running_);
-  prepare();
+int Engine::run_samples(const std::uint8_t* input, std::uint8_t* output, std::int64_t samples,
+                        double* seconds) {
   const int threads = threads_.count();
   // As many samples as fill all threads go one to a thread; the rest, and small batches, are shared.
   const std::int64_t apart = threads == 1 ? 0 : samples / threads * threads;
   std::atomic<int> stopped{-1};
   if (apart > 0) {
     threads_.run([&](int worker) {
-      for (std::int64_t sample = worker; sample < apart; sample += threads) {
-        const Frame all = frame(worker, input, output, sample, 0, 1);
-        for (std::size_t i = 0; i < steps_.size(); ++i) {
-          for (const Border& border : steps_[i]->borders) border.fill(all);
-          if (!steps_[i]->run(all)) {
-            stopped = static_cast<int>(i);
-            return;
-          }
-        }
+      for (std::int64_t sample = worker; sample < apart && stopped < 0; sample += threads) {
+        const int at = run_alone(frame(worker, input, output, sample, 0, 1), worker == 0 ? seconds : nullptr);
+        if (at >= 0) stopped = at;
       }
     });
   }
   for (std::int64_t sample = apart; sample < samples && stopped < 0; ++sample) {
-    const int at = run_sample(input, output, sample, nullptr);
-    if (at >= 0) stopped = at;
+    stopped = run_shared(input, output, sample, seconds);
   }
   return stopped;
 }
 
-std::vector<double> Engine::time(const std::uint8_t* input, int repeats) {
+int Engine::run(const std::uint8_t* input, std::uint8_t* output, std::int64_t samples) {
   const std::scoped_lock lock(running_);
   prepare();
-  std::vector<std::uint8_t> output(sample_out_);
-  std::vector<double> seconds(steps_.size(), std::numeric_limits<double>::infinity());
+  return run_samples(input, output, samples, nullptr);
+}
+
+std::vector<double> Engine::time(const std::uint8_t* input, std::int64_t samples, int repeats) {
+  const std::scoped_lock lock(running_);
+  prepare();
+  std::vector<std::uint8_t> output(sample_out_ * static_cast<std::size_t>(samples));
+  std::vector<double> least(steps_.size(), std::numeric_limits<double>::infinity());
   for (int i = 0; i < repeats; ++i) {
-    if (run_sample(input, output.data(), 0, seconds.data()) >= 0) break;
+    std::vector<double> seconds(steps_.size(), 0.0);
+    if (run_samples(input, output.data(), samples, seconds.data()) >= 0) break;
+    for (std::size_t step = 0; step < least.size(); ++step)
+      least[step] = std::min(least[step], seconds[step]);
   }
-  return seconds;
+  return least;
 }
 
 }  // namespace mixbits

@@ -71,8 +71,9 @@ class Engine {
   // time goes on, others wait.
   int run(const std::uint8_t* input, std::uint8_t* output, std::int64_t samples);
 
-  // Least seconds of each step over `repeats` runs of one sample.
-  std::vector<double> time(const std::uint8_t* input, int repeats);
+  // Least seconds of each step over `repeats` runs of `samples` inputs, those of all samples together. Where
+  // threads take samples of their own, the first thread's.
+  std::vector<double> time(const std::uint8_t* input, std::int64_t samples, int repeats);
 
   // Bytes that runs take: arenas and scratch of all threads.
   std::size_t memory() const;
@@ -85,7 +86,10 @@ class Engine {
   void prepare();
   Frame frame(int worker, const std::uint8_t* input, std::uint8_t* output, std::int64_t sample, int part,
               int parts) const;
-  int run_sample(const std::uint8_t* input, std::uint8_t* output, std::int64_t sample, double* seconds);
+  // These add to the `seconds` of each step, unless null.
+  int run_samples(const std::uint8_t* input, std::uint8_t* output, std::int64_t samples, double* seconds);
+  int run_alone(const Frame& frame, double* seconds) const;
+  int run_shared(const std::uint8_t* input, std::uint8_t* output, std::int64_t sample, double* seconds);
 
   std::size_t arena_bytes_, sample_in_, sample_out_;
   Aligned constants_;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "kernels/ceiling.h"
+
 namespace mixbits {
 namespace {
 
@@ -11,7 +13,16 @@ std::vector<const Kernel*>& unsorted() {
   return kernels;
 }
 
+std::vector<const Ceiling*>& ceilings() {
+  static std::vector<const Ceiling*> known;
+  return known;
+}
+
 }  // namespace
+
+RegisteredCeiling::RegisteredCeiling(const Ceiling& ceiling) { ceilings().push_back(&ceiling); }
+
+const std::vector<const Ceiling*>& all_ceilings() { return ceilings(); }
 
 Registered::Registered(const Kernel& kernel) { unsorted().push_back(&kernel); }
 

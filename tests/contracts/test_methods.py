@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from mixbits.core.budget import parse_budget
 from mixbits.core.cost import COSTS
 from mixbits.core.grid import Codebook, Uniform, dequantize, quantize
+from mixbits.core.latency import LatencyTable, LayerTimes
 from mixbits.core.policy import Policy
 from mixbits.graph.quant_graph import QuantGraph, capture
 from mixbits.methods import find_methods, method_named
@@ -91,6 +92,20 @@ class UnreadBatches:
         pytest.fail("the data were read")
 
 
+def latencies() -> LatencyTable:
+    """Milliseconds of the network's layers in no order of widths."""
+    draw, pairs = np.random.default_rng(0), (len(CANDIDATES), len(CANDIDATES))
+    layers = tuple(
+        LayerTimes(op.name, op.macs, tuple(map(tuple, draw.integers(10**6, 10**7, pairs).tolist())), ())
+        for op in tiny().profile.ops
+    )
+    about = {"network": "tiny", "cpu": "any", "isa": "native", "mixbits": "0", "date": "2026-11-21"}
+    return LatencyTable(
+        **about, threads=1, batch=1, tuned=False, weight_bits=CANDIDATES, activation_bits=CANDIDATES,
+        layers=layers, rest_ns=10**6,
+    )  # fmt: skip
+
+
 def quick(name: str) -> Method:
     method = METHODS[name]()
     return replace(method, epochs=min(method.epochs, 1))
@@ -98,7 +113,7 @@ def quick(name: str) -> Method:
 
 def run(name: str, **target) -> tuple[Policy, Learned]:
     target = {"weight_bits": CANDIDATES, "activation_bits": CANDIDATES} | target
-    budget = parse_budget(target.pop("budget"))
+    budget = parse_budget(target.pop("budget"), target.pop("latency", None))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         return learn(quick(name), tiny(), random_task(), Target(budget, **target), Loop())
@@ -127,6 +142,18 @@ def test_a_policy_fits_its_budget(name, budget):
     policy, _ = learned(name, budget)
 
     assert parse_budget(budget).exceeded(tiny().profile, policy.bits) == []
+
+
+@each_method
+@pytest.mark.parametrize("more", ["", ",weights=5bit,act=6bit"], ids=["alone", "with averages"])
+def test_a_policy_fits_a_limit_on_latency_though_wider_may_be_faster(name, more):
+    table = latencies()
+    slow = table.amount(tiny().profile).of({site.name: 4 for site in tiny().profile.sites})
+    budget = f"ms={slow}{more}"
+
+    policy, _ = run(name, budget=budget, latency=table)
+
+    assert parse_budget(budget, table).exceeded(tiny().profile, policy.bits) == []
 
 
 @each_method

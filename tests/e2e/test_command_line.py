@@ -25,7 +25,10 @@ from mixbits.cli.main import main
 from mixbits.data.open import open_dataset
 from mixbits.fit.recipe import Recipe
 from mixbits.fit.stages import network_of
+from mixbits.graph.quant_graph import capture
 from mixbits.pack.artifact import read_program
+from mixbits.pack.bits import native_available
+from mixbits.runtime.latency import here
 from mixbits.zoo import digits_cnn
 
 QUICK = [
@@ -34,6 +37,7 @@ QUICK = [
     *("--threads", "1"),
 ]
 BUDGET = ["--budget", "weights=3bit,act_max=384B"]
+native = pytest.mark.skipif(not native_available(), reason="built without the native extension")
 
 
 def fit(out: Path, *extra: str) -> int:
@@ -109,6 +113,122 @@ def test_a_method_that_trains_is_refused_without_training(
     assert not (tmp_path / "run").exists()
 
 
+@native
+def test_latency_is_a_limit_like_any_other(finished: Path, tmp_path: Path) -> None:
+    network = ["--network", "mixbits.zoo:digits_cnn", "--data", "digits"]
+    widths = ["--weight-bits", "2", "4", "8", "--activation-bits", "2", "8"]
+    table, out = tmp_path / "table.json", tmp_path / "run"
+    assert main(["profile", *network, *widths, "--latency", str(table)]) == 0
+    times = json.loads(table.read_text())
+    slowest = sum(max(map(max, layer["ns"])) for layer in times["layers"]) + times["rest_ns"]
+    fastest = sum(min(map(min, layer["ns"])) for layer in times["layers"]) + times["rest_ns"]
+    assert 0 < fastest <= slowest
+    assert all(name for layer in times["layers"] for line in layer["kernels"] for name in line)
+    asked = ["--budget", f"ms={slowest / 1e6:.9f},weights=4bit", "--latency", str(table)]
+
+    weights = ["--weights", str(finished / "float.safetensors")]
+    arguments = [*network, *widths, *asked, *weights, "--mpdnn.epochs", "1", "--finetune.epochs", "1"]
+    assert main(["fit", *arguments, "--out", str(out)]) == 0
+
+    summary = json.loads((out / "summary.json").read_text())
+    (limit, _), ran = summary["limits"], summary["runtime"]
+    assert (limit["limit"], limit["unit"]) == ("ms", "ms")
+    assert 0 < limit["used"] <= limit["asked"]
+    assert ran["predicted_ms"] == limit["used"]
+    assert (ran["engine"], ran["threads"], ran["batch"]) == ("native", 1, 1)
+    policy = {site["site"]: site["assigned_bits"] for site in summary["sites"]}
+    layers = {step["name"].split(" ")[0]: step for step in ran["steps"] if step["macs"]}
+    assert layers["conv2"]["weight_bits"] == policy["conv2.weight"]
+    assert all(step["us"] > 0 and step["bytes"] > 0 for step in ran["steps"])
+    assert "What really ran" in (out / "report.html").read_text()
+    assert layers["conv2"]["kernel"] in (out / "report.html").read_text()
+
+
+@native
+@pytest.mark.parametrize(
+    ("changes", "more", "words"),
+    [
+        ({"cpu": "Another CPU"}, [], ["Another CPU", "--latency-elsewhere"]),
+        ({"isa": "neon"}, [], ["'neon'", "level of instructions"]),
+        ({"threads": 10_000}, [], ["10000 threads"]),
+        ({"layers": []}, [], ["stem.0: the latency table", "no such layer"]),
+        ({}, ["--pins", "conv2.weight", "8"], ["conv2", "no time for 8-bit weights"]),
+        ({"cpu": "Another CPU"}, ["--latency-elsewhere", "--pins", "linear.weight", "8"], ["linear", "8-bit weights"]),
+    ],
+    ids=["CPU", "instructions", "threads", "layers", "widths", "elsewhere"],
+)  # fmt: skip
+def test_a_latency_table_that_does_not_fit_is_refused(
+    changes: dict[str, object],
+    more: list[str],
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cpu, isa, _ = here()
+    profile = capture(digits_cnn(), torch.zeros(2, 1, 8, 8)).profile
+    layers = [{"name": op.name, "macs": op.macs, "ns": [[1000]], "kernels": [["k"]]} for op in profile.ops]
+    entry = {
+        "format": "mixbits-latency",
+        "version": 1,
+        "network": "mixbits.zoo:digits_cnn",
+        "cpu": cpu,
+        "isa": isa,
+        "threads": 1,
+        "batch": 1,
+        "tuned": False,
+        "weight_bits": [4],
+        "activation_bits": [4],
+        "rest_ns": 0,
+        "mixbits": "0.1.0",
+        "date": "2026-11-21",
+        "layers": layers,
+    }
+    (tmp_path / "table.json").write_text(json.dumps(entry | changes))
+    arguments = ["--network", "mixbits.zoo:digits_cnn", "--data", "digits", "--float-training.epochs", "1"]
+    widths = ["--weight-bits", "4", "--activation-bits", "4"]
+    budget = ["--budget", "ms=1", "--latency", str(tmp_path / "table.json")]
+
+    assert main(["fit", *arguments, *widths, *budget, *more, "--out", str(tmp_path / "out")]) == 2
+
+    message = capsys.readouterr().err
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "out").exists()
+
+
+@native
+def test_run_lists_what_really_ran(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = tmp_path / "run.json"
+    model = str(finished / "model.mixbits")
+
+    assert (
+        main(["run", model, "--data", "digits", "--images", "40", "--steps", "2", "--json", str(result)]) == 0
+    )
+
+    ran, printed = json.loads(result.read_text()), capsys.readouterr().out
+    assert (ran["images"], ran["batch"]) == (40, 2)
+    for step in ran["steps"]:
+        assert step["kernel"] in printed
+        assert f"{step['bytes']:,}" in printed
+
+
+@native
+def test_bench_lists_every_kernel_that_takes_a_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--layers", "64x8x8", "--pairs", "2x2", "--kernels", "a", "--rounds", "1"]
+
+    assert main(["bench", "kernels", *options]) == 0
+
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 64x8x8")]
+    assert "direct_portable" in {row[2] for row in rows}
+    assert all(float(row[3]) > 0 for row in rows)
+
+
+def test_bench_says_what_it_can_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench"]) == 2
+    assert "mixbits bench kernels" in capsys.readouterr().err
+
+
 def test_packed_model_predicts_what_the_training_graph_predicts(finished: Path) -> None:
     ran = json.loads((finished / "summary.json").read_text())["runtime"]
     # Of 360 images: float32 sums of the training graph may round a tie the other way.
@@ -165,6 +285,11 @@ BAD = {
         ["cannot be met", "weights=1KiB", "4.61 KiB", "18.45 KiB"],
     ),
     "unknown unit": (["--budget", "weights=70KiX"], ["unknown unit 'KiX'", "KiB"]),
+    "latency without a table": (["--budget", "ms=3"], ["ms=3", "mixbits profile", "--latency table.json"]),
+    "missing table": (
+        ["--budget", "ms=3", "--latency", "/no/such/table.json"],
+        ["there is no latency table /no/such/table.json"],
+    ),
     "unknown limit": (["--budget", "wieghts=70KiB"], ["unknown limit 'wieghts'", "weights"]),
     "unknown pin": (
         [*BUDGET, "--pins", "stem.weight", "8"],

@@ -102,7 +102,7 @@ def test_the_page_holds_every_part_in_order(tmp_path: Path) -> None:
     assert headings == [
         "mixbits.zoo:resnet20", "The networks compared", "Cost against budget", "Width of every site",
         "Where the bits go", "Training", "What was asked and what runs", "Instructions of the packed file",
-        "Where this comes from",
+        "What really ran", "Where this comes from",
     ]  # fmt: skip
     labels = Elements(text).labels()
     assert [label.split(".")[0] for label in labels] == [
@@ -120,6 +120,31 @@ def test_float_operations_are_named_with_the_share_of_integer_work(tmp_path: Pat
         "Of 100 MACs, 99.0 % run as integer arithmetic. 1 of 2 instructions uses float arithmetic: " in text
     )
     assert "b/gelu (gelu)." in text
+
+
+def test_what_really_ran_is_listed_with_kernels_times_and_bytes(tmp_path: Path) -> None:
+    steps = [
+        {"name": "input", "kernel": "quantize", "weight_bits": None, "input_bits": None, "bytes": 512, "us": 10.0},
+        {"name": "a + a/relu", "kernel": "dot_avx2", "weight_bits": 4, "input_bits": 8, "bytes": 3072, "us": 30.0},
+    ]  # fmt: skip
+    ran = {"engine": "native", "threads": 2, "batch": 1, "ms": 0.0425, "predicted_ms": 0.0431, "steps": steps}
+
+    text = page(tmp_path, summary(runtime=ran))
+
+    shown = " ".join(Elements(text).text.split())
+    assert "0.0425 ms a run of 1 sample, native engine, 2 threads; its steps add up to 0.04 ms" in shown
+    assert "the latency table predicted 0.0431 ms." in shown
+    row = re.search(r"<tr><th[^>]*>a \+ a/relu</th>(.*?)</tr>", text, re.DOTALL)
+    assert row is not None
+    assert re.findall(r"<td[^>]*>(.*?)</td>", row[1]) == ["dot_avx2", "4", "8", "30.0", "75.0 %", "3.0"]
+
+
+def test_a_run_on_the_reference_has_a_time_and_no_steps(tmp_path: Path) -> None:
+    ran = {"engine": "reference", "threads": 1, "batch": 1, "ms": 12.5, "predicted_ms": None, "steps": []}
+
+    assert "12.5 ms a run of 1 sample on the reference engine, whose steps are not timed." in " ".join(
+        Elements(page(tmp_path, summary(runtime=ran))).text.split()
+    )
 
 
 def test_the_page_needs_nothing_from_outside(tmp_path: Path) -> None:

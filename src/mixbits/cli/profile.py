@@ -1,9 +1,10 @@
-"""``mixbits profile``: what a network is made of and what widths would cost."""
+"""``mixbits profile``: what a network is made of, what widths would cost, and how long layers take here."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +13,18 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from mixbits.core.budget import format_amount
+from mixbits.core.budget import LATENCY, format_amount
 from mixbits.core.cost import COSTS, float_bits
+from mixbits.core.grid import Grid
+from mixbits.core.latency import LatencyTable
 from mixbits.core.policy import read_policy
 from mixbits.core.profile import Profile
 from mixbits.data.open import open_dataset
 from mixbits.fit.stages import build_network
-from mixbits.graph.quant_graph import capture
+from mixbits.graph.quant_graph import QuantGraph, capture
+from mixbits.lower.untrained import lower_untrained
+from mixbits.runtime.latency import measure_latency, predicted_ms
+from mixbits.train.method import full_grid
 
 UNIFORM = (8, 4, 2)  # bits shown beside float
 
@@ -33,6 +39,12 @@ class ProfileNetwork:
     weights: str = ""  # trained weights, to check that they fit
     policy: Path | None = None  # also show the cost of this policy
     json: Path | None = None  # write the profile here
+    latency: Path | None = None  # time every layer at every pair of widths, and write the table here
+    weight_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)  # that are timed
+    activation_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    threads: int = 1  # of the runs that are timed
+    batch: int = 1  # samples of a run that is timed
+    tune: bool = False  # choose kernels by measurement, as `mixbits run --tune` does
 
 
 def main(arguments: list[str]) -> None:
@@ -45,12 +57,17 @@ def main(arguments: list[str]) -> None:
         dataset = open_dataset(chosen.data)
         shape, classes = dataset.input_shape, len(dataset.classes)
     model = build_network(chosen.network, classes=classes, weights=chosen.weights)
-    profile = capture(model, torch.zeros(2, *shape)).profile
+    graph = capture(model, torch.zeros(2, *shape))
+    profile = graph.profile
+    table = _measured(graph, chosen) if chosen.latency else None
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140)
     console.print(_sites(profile))
-    console.print(_costs(profile, chosen.policy))
-    if chosen.json:
-        chosen.json.write_text(json.dumps(profile.to_json(), indent=1) + "\n", encoding="utf-8")
+    if table is not None:
+        console.print(_times(table))
+    console.print(_costs(profile, chosen.policy, table))
+    for path, entry in ((chosen.json, profile), (chosen.latency, table)):
+        if path is not None and entry is not None:
+            path.write_text(json.dumps(entry.to_json(), indent=1) + "\n", encoding="utf-8")
 
 
 def _sites(profile: Profile) -> Table:
@@ -66,7 +83,43 @@ def _sites(profile: Profile) -> Table:
     return table
 
 
-def _costs(profile: Profile, policy: Path | None) -> Table:
+def _measured(graph: QuantGraph, chosen: ProfileNetwork) -> LatencyTable:
+    """The times of the network's layers."""
+    profile = graph.profile
+
+    def grid_of(site: str, bits: int) -> Grid:
+        return full_grid(profile.site(site), bits)
+
+    return measure_latency(
+        lower_untrained(graph),
+        profile,
+        grid_of,
+        weight_bits=chosen.weight_bits,
+        activation_bits=chosen.activation_bits,
+        threads=chosen.threads,
+        batch=chosen.batch,
+        tune=chosen.tune,
+        network=chosen.network,
+        watch=lambda done, total: sys.stderr.write(f"timed round {done} of {total}\n"),
+    )
+
+
+def _times(table: LatencyTable) -> Table:
+    """Every layer at equal widths of weights and activations, as far as they were timed."""
+    both = [bits for bits in table.weight_bits if bits in table.activation_bits]
+    title = f"microseconds on {table.cpu}, threads: {table.threads}, batch: {table.batch}"
+    shown = Table(title=title, caption="weight bits x activation bits; the table has all pairs")
+    shown.add_column("layer")
+    for bits in both:
+        shown.add_column(f"{bits}x{bits}", justify="right")
+    places = [(table.weight_bits.index(bits), table.activation_bits.index(bits)) for bits in both]
+    for layer in table.layers:
+        shown.add_row(layer.name, *(f"{layer.ns[w][a] / 1e3:.1f}" for w, a in places))
+    shown.add_row("all else", *(f"{table.rest_ns / 1e3:.1f}" for _ in places))
+    return shown
+
+
+def _costs(profile: Profile, policy: Path | None, latency: LatencyTable | None) -> Table:
     columns = {"float32": float_bits(profile)}
     columns |= {f"{bits} bits": {site.name: bits for site in profile.sites} for bits in UNIFORM}
     if policy is not None:
@@ -79,4 +132,13 @@ def _costs(profile: Profile, policy: Path | None) -> Table:
         table.add_column(name, justify="right")
     for name, cost in COSTS.items():
         table.add_row(name, *(format_amount(name, cost.of(profile, bits)) for bits in columns.values()))
+    if latency is not None:
+        table.add_row(LATENCY, *(_milliseconds(latency, profile, bits) for bits in columns.values()))
     return table
+
+
+def _milliseconds(latency: LatencyTable, profile: Profile, bits: Mapping[str, int]) -> str:
+    try:
+        return format_amount(LATENCY, predicted_ms(latency, profile, bits))
+    except ValueError:  # widths that were not timed
+        return "-"

@@ -1,24 +1,28 @@
 """Budgets: limits on costs, in the units that people write.
 
-``weights=70.1KiB,act_max=8.1KiB`` or ``bops=0.5G`` or ``weights=4.0bit`` (an average width).
+``weights=70.1KiB,act_max=8.1KiB`` or ``bops=0.5G`` or ``weights=4.0bit`` (an average width) or ``ms=3.0`` (a
+latency, by a table of what was measured).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mixbits.core.cost import COSTS
+from mixbits.core.cost import COSTS, Amount
+from mixbits.core.latency import LatencyTable
 from mixbits.core.profile import Profile
 
 # kB is 1000 bytes and KiB 1024. The papers' "kB" of weights is KiB.
 UNITS: dict[str, dict[str, float]] = {
     "bytes": {"B": 1, "kB": 1e3, "KB": 1e3, "KiB": 2**10, "MB": 1e6, "MiB": 2**20, "GB": 1e9, "GiB": 2**30},
     "bit": {"bit": 1, "bits": 1},
+    "ms": {"": 1, "ms": 1},
     "bop": {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "BOP": 1, "MBOP": 1e6, "GBOP": 1e9, "TBOP": 1e12},
 }
+LATENCY = "ms"  # the limit whose cost is a table's, and its unit
 # `weights=4bit` limits another cost than `weights=70KiB`.
 AVERAGES = {"weights": "weight_bits", "act": "act_bits"}
 
@@ -30,10 +34,20 @@ class Limit:
     cost: str
     asked: float
     text: str
+    table: LatencyTable | None = None  # of a limit on latency
+
+    @property
+    def unit(self) -> str:
+        """Unit of what is asked and used: ``bytes``, ``bit``, ``bop`` or ``ms``."""
+        return unit_of(self.cost)
+
+    def amount(self, profile: Profile) -> Amount:
+        """The cost's terms for a network; ``ValueError`` if the table is another network's."""
+        return COSTS[self.cost].amount(profile) if self.table is None else self.table.amount(profile)
 
     def used(self, profile: Profile, bits: Mapping[str, Any]) -> Any:
         """What ``bits`` uses of this cost."""
-        return COSTS[self.cost].of(profile, bits)
+        return self.amount(profile).of(bits)
 
 
 @dataclass(frozen=True)
@@ -50,18 +64,39 @@ class Budget:
         """The limits that these widths break."""
         return [limit for limit in self.limits if limit.used(profile, bits) > limit.asked]
 
+    @property
+    def latency(self) -> Limit | None:
+        """The limit on latency, if any. It alone may be met by wider sites and not by narrower ones."""
+        return next((limit for limit in self.limits if limit.table is not None), None)
+
     def __str__(self) -> str:
         return ",".join(limit.text for limit in self.limits)
 
 
-def parse_budget(text: str) -> Budget:
-    """The budget written as ``name=value`` pairs with commas between.
+def unit_of(cost: str) -> str:
+    """Unit of a cost's amounts: ``bytes``, ``bit``, ``bop`` or ``ms``."""
+    return LATENCY if cost == LATENCY else COSTS[cost].unit
+
+
+def parse_budget(text: str, latency: LatencyTable | None = None) -> Budget:
+    """The budget written as ``name=value`` pairs with commas between; ``ms=`` is read from ``latency``.
 
     >>> [(limit.cost, limit.asked) for limit in parse_budget("weights=70KiB, bops=0.5G").limits]
     [('weights', 71680.0), ('bops', 500000000.0)]
     >>> parse_budget("weights=4.0bit").limits[0].cost
     'weight_bits'
     """
+    limits = _limits(text)
+    for limit in limits:
+        if limit.cost == LATENCY and latency is None:
+            raise ValueError(
+                f"{limit.text}: a limit on latency needs a table of what was measured; write one with "
+                "`mixbits profile NETWORK ... --latency table.json` and give --latency table.json"
+            )
+    return Budget(tuple(replace(x, table=latency) if x.cost == LATENCY else x for x in limits))
+
+
+def _limits(text: str) -> tuple[Limit, ...]:
     limits = tuple(_parse_limit(part.strip()) for part in text.split(",") if part.strip())
     if not limits:
         raise ValueError("the budget is empty; write for example weights=70KiB,act_max=8KiB")
@@ -69,7 +104,7 @@ def parse_budget(text: str) -> Budget:
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise ValueError(f"the budget limits {', '.join(sorted(twice))} twice; give each limit once")
-    return Budget(limits)
+    return limits
 
 
 def budget_points(text: str) -> tuple[str, ...]:
@@ -91,7 +126,7 @@ def budget_points(text: str) -> tuple[str, ...]:
     if twice:
         raise ValueError(f"the budget {twice[0]} is asked for twice")
     for point in points:
-        parse_budget(point)
+        _limits(point)
     return points
 
 
@@ -131,16 +166,16 @@ def _parse_limit(text: str) -> Limit:
             f"cannot read the limit {text!r}; write name=number and unit, for example weights=70KiB"
         )
     name, number, unit = match.groups()
-    written = sorted({*COSTS, *AVERAGES} - set(AVERAGES.values()))
+    written = sorted({*COSTS, *AVERAGES, LATENCY} - set(AVERAGES.values()))
     if unit in UNITS["bit"] and name in AVERAGES:
         key = AVERAGES[name]
-    elif name in COSTS and name in written:
+    elif name in written and name in (*COSTS, LATENCY):
         key = name
     elif name in AVERAGES:
         raise ValueError(f"{text}: {name!r} is an average width; write for example {name}=4bit")
     else:
         raise ValueError(f"unknown limit {name!r} in {text!r}; known are {', '.join(written)}")
-    known = UNITS[COSTS[key].unit]
+    known = UNITS[unit_of(key)]
     if unit not in known:
         extra = " or bit (average width)" if key in AVERAGES else ""
         raise ValueError(
@@ -162,11 +197,13 @@ def format_amount(cost: str, amount: float) -> str:
     >>> format_amount("weights", 71680), format_amount("bops", 5e8), format_amount("weight_bits", 3.25)
     ('70.00 KiB', '0.5000 GBOP', '3.250 bit')
     """
-    unit = COSTS[cost].unit
+    unit = unit_of(cost)
     if unit == "bytes":
         return (
             f"{amount:.0f} B"
             if amount < UNITS["bytes"]["KiB"]
             else f"{amount / UNITS['bytes']['KiB']:.2f} KiB"
         )
+    if unit == LATENCY:
+        return f"{amount:.3f} ms"
     return f"{amount:.3f} bit" if unit == "bit" else f"{amount / UNITS['bop']['G']:.4f} GBOP"

@@ -45,10 +45,50 @@ class Term:
 
 
 @dataclass(frozen=True)
+class Lookup:
+    """A summand measured at pairs of widths of two sites: ``values[i][j]`` at ``widths[0][i], widths[1][j]``.
+
+    A wider pair may have the smaller value. Integer widths that were measured give what was measured; between
+    widths the value is bilinear, and beyond them it goes on as between the last two: it has a gradient
+    everywhere.
+
+    >>> Lookup(("w", "x"), ((2, 4), (2, 8)), ((10, 40), (30, 20))).amount(4, 2)
+    30
+    >>> Lookup(("w", "x"), ((2, 4), (2, 8)), ((10, 40), (30, 20))).amount(3, 5)
+    25.0
+    """
+
+    sites: tuple[str, str]
+    widths: tuple[tuple[int, ...], tuple[int, ...]]  # rising
+    values: tuple[tuple[int, ...], ...]
+
+    def amount(self, *bits: Any) -> Any:
+        """The value at these widths, one for each of ``sites``."""
+        rows, columns = self.widths
+        if bits[0] in rows and bits[1] in columns and all(isinstance(b, int) for b in bits):
+            return self.values[rows.index(bits[0])][columns.index(bits[1])]
+        (row, below), (column, left) = (
+            _between(b, known) for b, known in zip(bits, self.widths, strict=True)
+        )
+        upper, lower = self.values[row], self.values[min(row + 1, len(rows) - 1)]
+        right = min(column + 1, len(columns) - 1)
+        ends = [line[column] + left * (line[right] - line[column]) for line in (upper, lower)]
+        return ends[0] + below * (ends[1] - ends[0])
+
+
+def _between(bits: Any, widths: tuple[int, ...]) -> tuple[int, Any]:
+    """The place of the width below ``bits``, and how far to the next it is (a share); one width is no way."""
+    if len(widths) == 1:
+        return 0, 0.0
+    place = sum(bool(bits >= width) for width in widths[1:-1])
+    return place, (bits - widths[place]) / (widths[place + 1] - widths[place])
+
+
+@dataclass(frozen=True)
 class Amount:
     """The largest of some sums, over a divisor: the form that every cost has."""
 
-    sums: tuple[tuple[Term, ...], ...]
+    sums: tuple[tuple[Term | Lookup, ...], ...]
     divisor: int = 1
 
     def of(self, bits: Bits) -> Any:

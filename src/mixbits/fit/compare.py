@@ -24,7 +24,6 @@ import torch
 from joblib.externals.loky.process_executor import BrokenProcessPool
 
 import mixbits
-from mixbits.core.cost import COSTS
 from mixbits.fit.folder import RunFolder
 from mixbits.fit.matrix import Cell, Matrix, float_recipe
 from mixbits.fit.recipe import AnyRecipe, flat, method_of, recipe_from_dict, to_dict
@@ -283,7 +282,7 @@ def _cell(cell: Cell, path: Path, outcome: Outcome | None) -> dict[str, Any]:
     limits = [
         {
             "limit": limit.cost,
-            "unit": COSTS[limit.cost].unit,
+            "unit": limit.unit,
             "text": limit.text,
             "asked": limit.asked,
             "used": network["costs"][limit.cost],

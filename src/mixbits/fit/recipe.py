@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mixbits.core.budget import parse_budget
+from mixbits.core.latency import read_latency
 from mixbits.methods import find_methods, method_named
 from mixbits.train.finetune import Finetune
 from mixbits.train.method import Method, Target
@@ -36,7 +37,9 @@ class Recipe:
     Attributes:
         network: module:function or file.py:function, called without arguments.
         data: digits, cifar10:DIR, imagefolder:DIR, module:function or file.py:function.
-        budget: Limits, for example weights=70KiB,act_max=8KiB or weights=4bit or bops=0.5G.
+        budget: Limits, for example weights=70KiB,act_max=8KiB or weights=4bit or bops=0.5G or ms=3.0.
+        latency: Table that ms= is read from, by `mixbits profile --latency`; states threads and batch.
+        latency_elsewhere: The table is of another machine, where the network is to run.
         method: See `mixbits methods`.
         weights: Trained weights of the network: safetensors or a state dict.
         start: What learning starts from: the float network, or untrained values.
@@ -65,6 +68,8 @@ class Recipe:
     network: str = ""
     data: str = ""
     budget: str = ""
+    latency: str = ""
+    latency_elsewhere: bool = False
     method: str = "mpdnn"
     weights: str = ""
     start: Literal["trained", "scratch"] = "trained"
@@ -92,7 +97,9 @@ class Recipe:
     def target(self) -> Target:
         """Budget, candidates, ties and pins."""
         ties = [tuple(site.strip() for site in group.split("+")) for group in self.ties]
-        return Target(parse_budget(self.budget), self.weight_bits, self.activation_bits, ties, self.pins)
+        table = read_latency(Path(self.latency)) if self.latency else None
+        budget = parse_budget(self.budget, table)
+        return Target(budget, self.weight_bits, self.activation_bits, ties, self.pins)
 
 
 COMMAND_TABLES = ("compare", "sweep")  # options of a command that runs many recipes, not of a run

@@ -17,14 +17,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from mixbits.core.budget import LATENCY
 from mixbits.core.cost import COSTS, float_bits
 from mixbits.core.grid import grid_from_json, grid_to_json
+from mixbits.core.latency import LatencyTable
 from mixbits.core.locate import locate
 from mixbits.core.policy import Policy, policy_from_json
 from mixbits.data.dataset import Dataset, with_normalization
 from mixbits.data.open import open_dataset
 from mixbits.fit.folder import RunFolder
-from mixbits.fit.recipe import AnyRecipe, flat, method_of, recipe_from_dict, signature, to_dict
+from mixbits.fit.recipe import AnyRecipe, flat, method_of, recipe_from_dict, to_dict
 from mixbits.fit.watching import kept
 from mixbits.fit.weights import load_weights_, read_tensors, write_tensors
 from mixbits.graph.quant_graph import QuantGraph, capture
@@ -33,6 +35,8 @@ from mixbits.methods import method_named
 from mixbits.pack.artifact import read_program, write_program
 from mixbits.quant.quantizer import Frozen
 from mixbits.runtime.executor import Executor
+from mixbits.runtime.latency import here, predicted_ms
+from mixbits.runtime.steps import speed
 from mixbits.train.calibrate import calibrate, calibration_images, observe_float
 from mixbits.train.checkpoint import Checkpoint, differences, fingerprint
 from mixbits.train.finetune import OBSERVED_BATCHES, finetune, restore_policy
@@ -82,6 +86,12 @@ class Run:
             seed=recipe.seed,
             train_images=recipe.train_images,
         )
+
+    @cached_property
+    def latency(self) -> LatencyTable | None:
+        """The table of the budget's limit on latency, if it has one."""
+        limit = self.recipe.target().budget.latency
+        return None if limit is None else limit.table
 
     @cached_property
     def model(self) -> nn.Module:
@@ -209,6 +219,7 @@ def check(run: Run, *, resume: bool) -> None:
     if recipe.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {recipe.device}: this torch sees no CUDA device; use --device cpu")
     target = recipe.target()
+    _check_machine(run)
     target.choices(run.graph.profile)
     len(run.task.train)  # raises if the training set cannot be split as asked
     if tuple(run.dataset.input_shape) != run.graph.profile.input_shape:
@@ -246,11 +257,19 @@ def opened(run: Run, *, resume: bool) -> Iterator[None]:
         yield
 
 
+def _check_machine(run: Run) -> None:
+    """Raise ``ValueError`` if the latency table is of another machine, unless the recipe says so."""
+    if run.latency is not None and not run.recipe.latency_elsewhere:
+        run.latency.check_machine(*here())
+
+
 def measured(run: Run, network: QuantGraph, bits: Mapping[str, int], seconds: float) -> dict[str, Any]:
     """Accuracy on the test set and all costs of a network at these widths."""
     test = evaluate(network.module.eval(), run.task, run.task.test, run.device)
     held_out = evaluate(network.module, run.task, run.task.held_out, run.device)
     costs = {name: cost.of(run.graph.profile, bits) for name, cost in COSTS.items()}
+    if run.latency is not None and bits != float_bits(run.graph.profile):  # the table holds no floats
+        costs[LATENCY] = predicted_ms(run.latency, run.graph.profile, bits)
     return {
         "top1": test["top1"],
         "held_out_top1": held_out["top1"],
@@ -426,7 +445,9 @@ def check_stage(run: Run) -> None:
     if run.done("check"):
         return
     began = time.monotonic()
-    executor = Executor(read_program(run.folder / "model.mixbits"))
+    table = None if run.recipe.latency_elsewhere else run.latency
+    threads, tune = (table.threads, table.tuned) if table else (1, False)
+    executor = Executor(read_program(run.folder / "model.mixbits"), threads=threads, tune=tune)
     network = trained_network(run)
     correct = same = count = 0
     for inputs, targets in run.task.test.epoch(0):
@@ -439,9 +460,13 @@ def check_stage(run: Run) -> None:
         if count >= run.recipe.check_images:
             break
     seconds = round(time.monotonic() - began, 1)
+    batch = table.batch if table else 1
+    images = next(iter(run.task.test.epoch(0)))[0].numpy()
     run.finish(
         "check",
         {
+            **speed(executor, np.resize(images, (batch, *images.shape[1:]))),
+            "predicted_ms": predicted_ms(table, run.graph.profile, policy.bits) if table else None,
             "top1": 100 * correct / count,
             "images": count,
             "same_prediction_as_training_graph": same,

@@ -11,7 +11,6 @@ import torch
 
 import mixbits
 from mixbits.core.check import specs
-from mixbits.core.cost import COSTS
 from mixbits.core.grid import describe
 from mixbits.core.infer import accumulator_bound
 from mixbits.core.program import Program
@@ -47,7 +46,7 @@ def write_summary(run: Run) -> dict[str, Any]:
         "limits": [
             {
                 "limit": limit.cost,
-                "unit": COSTS[limit.cost].unit,
+                "unit": limit.unit,
                 "text": limit.text,
                 "asked": limit.asked,
                 "used": mixed["costs"][limit.cost],

@@ -52,7 +52,8 @@ from mixbits.graph.quant_graph import QuantGraph, put_
 from mixbits.quant.functional import straight_through
 from mixbits.quant.observe import mse_step
 from mixbits.quant.quantizer import SMALLEST_STEP, Frozen, Quantizer
-from mixbits.search.greedy import Choices, fit, noise_power
+from mixbits.search.fit import fit
+from mixbits.search.greedy import Choices, noise_power
 from mixbits.search.ilp import least_harm
 from mixbits.train.finetune import OBSERVED_BATCHES, Finetune, observe
 from mixbits.train.method import Learned, Method, Target

@@ -50,7 +50,8 @@ from mixbits.graph.quant_graph import QuantGraph, put_
 from mixbits.quant.functional import fake_quantize, nearest_level, straight_through
 from mixbits.quant.observe import mse_step
 from mixbits.quant.quantizer import SMALLEST_STEP, Frozen, LearnedStep, Quantizer
-from mixbits.search.greedy import Choices, InfeasibleError, fit, noise_power
+from mixbits.search.fit import fit
+from mixbits.search.greedy import Choices, InfeasibleError, noise_power
 from mixbits.train.finetune import Finetune, observe
 from mixbits.train.method import Learned, Method, Target
 from mixbits.train.norms import reestimate_batch_norm_

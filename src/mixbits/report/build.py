@@ -42,6 +42,7 @@ def render(summary: Summary, metrics: tuple[Metric, ...]) -> str:
         budget_chart=Markup(charts.budget(summary.limits)) if summary.limits else None,
         width_charts=width_charts(summary.sites),
         strips_chart=strips_chart(summary),
+        steps_us=sum(step.us or 0.0 for step in summary.steps),
         training_charts=[(title, Markup(chart)) for title, chart in training_charts(summary, metrics)],
         differing=[site for site in summary.sites if site.differs],
         integer_share=integer_share(summary.instructions),

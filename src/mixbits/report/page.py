@@ -25,7 +25,7 @@ def fill(template: str, **values: Any) -> str:
         ),
     )
     environment.filters |= {"amount": words.amount, "bits": words.bits, "count": words.count}
-    environment.filters["unbroken"] = words.unbroken
+    environment.filters |= {"fixed": words.fixed, "share": words.share, "unbroken": words.unbroken}
     environment.filters["measured"] = lambda value, measure: words.MEASURES[measure](value)
     return environment.get_template(template).render(theme=THEME, width_colours=WIDTH_COLOURS, **values)
 

@@ -87,6 +87,23 @@ class Runtime:
     images: float | None = None
     same_prediction_as_training_graph: float | None = None
     seconds: float | None = None
+    engine: str | None = None  # native or reference
+    threads: float | None = None
+    batch: float | None = None  # samples of the run that was timed
+    ms: float | None = None  # of that run
+    predicted_ms: float | None = None  # by the latency table that the budget was read from
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of that run: what it computes, by which kernel, and its time."""
+
+    name: str
+    kernel: str | None = None  # or the operation
+    weight_bits: float | None = None
+    input_bits: float | None = None
+    bytes: float | None = None  # moved: inputs, outputs and weights
+    us: float | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +135,7 @@ class Summary:
     limits: tuple[Limit, ...] = ()
     sites: tuple[Site, ...] = ()
     runtime: Runtime | None = None
+    steps: tuple[Step, ...] = ()  # of the runtime
     instructions: tuple[Instruction, ...] = ()
 
 
@@ -148,6 +166,7 @@ def read_summary(path: Path) -> Summary:
         "limits": many(Limit, entry.get("limits"), f"{where}: limits"),
         "sites": many(Site, entry.get("sites"), f"{where}: sites"),
         "runtime": one(Runtime, entry.get("runtime"), f"{where}: runtime"),
+        "steps": many(Step, (entry.get("runtime") or {}).get("steps"), f"{where}: runtime: steps"),
         "instructions": many(Instruction, entry.get("instructions"), f"{where}: instructions"),
     }
     for site in parts["sites"]:

@@ -14,6 +14,7 @@ LIMITS = {
     "act_sum": "Sum of activations",
     "act_peak": "Activation peak",
     "bops": "Bit operations",
+    "ms": "Latency",
     "size": "File size",
 }
 
@@ -84,6 +85,8 @@ def amount(value: float | None, unit: str | None) -> str:
 
     >>> amount(900, "bytes"), amount(71782.4, "bytes"), amount(5e8, "bop"), amount(3.25, "bit")
     ('900 bytes', '70.1 KiB', '0.500 GBOP', '3.25 bit')
+    >>> amount(0.25591, "ms")
+    '0.2559 ms'
     """
     if value is None:
         return UNKNOWN
@@ -162,7 +165,9 @@ def unbroken(text: str) -> str:
     >>> unbroken("0.5 KiB of 9 sites, 3 %").split(" ")
     ['0.5\xa0KiB', 'of', '9', 'sites,', '3\xa0%']
     """
-    return re.sub(r"(?<=\d) (?=%|[KM]iB|GBOP|bytes?|bit|points|times|[mb]illion)", "\N{NO-BREAK SPACE}", text)
+    return re.sub(
+        r"(?<=\d) (?=%|[KM]iB|GBOP|bytes?|bit|ms|points|times|[mb]illion)", "\N{NO-BREAK SPACE}", text
+    )
 
 
 def shorten(text: str, most: int) -> str:

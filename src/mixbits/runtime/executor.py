@@ -18,8 +18,8 @@ from mixbits.pack.artifact import read_program
 from mixbits.pack.bits import native_available, unpack
 from mixbits.runtime.native import NOT_FINITE, Native
 from mixbits.runtime.reference import REFERENCE
+from mixbits.runtime.tune import tuned
 from mixbits.runtime.values import Codes, Floats, Value, Weight, floats_of
-
 
 Engine: TypeAlias = Literal["native", "reference"]
 
@@ -37,14 +37,16 @@ class Executor:
         program: Program,
         *,
         threads: int = 1,
+        tune: bool = False,
         engine: Engine | None = None,
         max_elements: int = MAX_ELEMENTS,
     ) -> None:
         """Check the program and unpack its weights; ``max_elements`` limits every value, for one sample.
 
-        ``threads`` are the native engine's. Without ``engine`` it is native if the extension was built; if the
-        program is one that it cannot run, a warning says why and the reference runs. ``ValueError`` if
-        ``engine`` is native and it cannot.
+        ``threads`` are the native engine's. With ``tune`` it measures which kernels are fastest, which takes
+        a second or two once, and keeps what it found for the next time (``runtime/tune.py``); results are the
+        same. Without ``engine`` it is native if the extension was built; if the program is one that it cannot
+        run, a warning says why and the reference runs. ``ValueError`` if ``engine`` is native and it cannot.
         """
         check(program, max_elements=max_elements)
         self.program = program
@@ -60,7 +62,8 @@ class Executor:
         self.native: Native | None = None
         if engine == "native" or (engine is None and native_available()):
             try:
-                self.native = Native(program, weights, threads=threads)
+                choose = tuned(program, weights, threads=threads) if tune else None
+                self.native = Native(program, weights, threads=threads, choose=choose)
             except ValueError as error:
                 if engine == "native":
                     raise
@@ -72,9 +75,9 @@ class Executor:
         return "reference" if self.native is None else "native"
 
     @classmethod
-    def from_file(cls, path: str | Path, *, threads: int = 1) -> Executor:
+    def from_file(cls, path: str | Path, *, threads: int = 1, tune: bool = False) -> Executor:
         """The executor of a ``.mixbits`` file."""
-        return cls(read_program(Path(path)), threads=threads)
+        return cls(read_program(Path(path)), threads=threads, tune=tune)
 
     def __call__(self, x: NDArray[np.float32]) -> Floats:
         """Logits of a batch, float32 ``[n, ...]``; ``ValueError`` if the input does not fit."""

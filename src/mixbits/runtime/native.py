@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from math import prod
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Mapping
+from math import inf, prod
+from typing import TYPE_CHECKING
 
 from mixbits.core.check import specs
 from mixbits.core.program import Program
 from mixbits.pack.bits import native_available
-from mixbits.runtime.plan import Choose, Plan, cheapest, make_plan, separable
+from mixbits.runtime.plan import Choose, Plan, Ran, cheapest, make_plan, separable
 from mixbits.runtime.values import Floats, Weight
 
 if TYPE_CHECKING or native_available():
@@ -36,16 +33,10 @@ class Native:
         threads: int = 1,
         choose: Choose | None = None,
     ) -> None:
-        if not native_available():
-            raise ValueError("mixbits was built without its native extension; see the README on building it")
-        problem = _native.isa_problem()
-        if problem:
-            raise ValueError(f"MIXBITS_ISA: {problem}")
-        if threads < 1:
-            raise ValueError(f"threads is 1 or more, not {threads}")
+        check_native(threads)
         self.program, self.threads = program, threads
         self._weights, self._choose = weights, choose or cheapest
-        self._separable = separable(program)
+        self.separable = separable(program)  # samples run one by one
         self._engines: dict[int, tuple[_native.Engine, Plan]] = {}
         self.plan = self._engine(1)[1]
 
@@ -53,20 +44,23 @@ class Native:
         """Fill ``out`` with the program's output for ``x``, both dense; ``ValueError`` where NaN was rounded."""
         if not len(x):
             return out
-        engine, plan = self._engine(1 if self._separable else len(x))
-        stopped = engine.run(x, out, len(x) if self._separable else 1)
-        if stopped >= 0 and plan.ran[stopped].of_input:
-            raise ValueError(NOT_FINITE)
+        engine, plan = self._engine(1 if self.separable else len(x))
+        stopped = engine.run(x, out, len(x) if self.separable else 1)
         if stopped >= 0:
-            raise ValueError(
-                f"{plan.ran[stopped].names[-1]}: not a number (NaN) cannot be quantized; an operation before "
-                "divided by zero or overflowed"
-            )
+            raise _not_a_number(plan.ran[stopped])
         return out
 
     def time(self, x: Floats, repeats: int) -> list[float]:
-        """Least seconds of each step of the plan, one sample at a time."""
-        return self._engine(1)[0].time(x[:1], repeats)
+        """Least seconds of each step over ``repeats`` runs of ``x`` (dense), all its samples together."""
+        return [seconds for _, seconds in self.steps(x, repeats)]
+
+    def steps(self, x: Floats, repeats: int) -> list[tuple[Ran, float]]:
+        """What ran, and its seconds as :meth:`time` gives them; ``ValueError`` where NaN was rounded."""
+        engine, plan = self._engine(1 if self.separable else len(x))
+        seconds = engine.time(x, len(x) if self.separable else 1, repeats)
+        if inf in seconds:
+            raise _not_a_number(plan.ran[seconds.index(inf)])
+        return list(zip(plan.ran, seconds, strict=True))
 
     @property
     def memory(self) -> int:
@@ -85,3 +79,23 @@ class Native:
                 del self._engines[next(iter(self._engines))]
             self._engines[batch] = engine, plan
         return self._engines[batch]
+
+
+def check_native(threads: int) -> None:
+    """Raise ``ValueError`` unless the native engine can run here with so many threads."""
+    if not native_available():
+        raise ValueError("mixbits was built without its native extension; see the README on building it")
+    problem = _native.isa_problem()
+    if problem:
+        raise ValueError(f"MIXBITS_ISA: {problem}")
+    if threads < 1:
+        raise ValueError(f"threads is 1 or more, not {threads}")
+
+
+def _not_a_number(step: Ran) -> ValueError:
+    if step.of_input:
+        return ValueError(NOT_FINITE)
+    return ValueError(
+        f"{step.names[-1]}: not a number (NaN) cannot be quantized; an operation before divided by zero or "
+        "overflowed"
+    )

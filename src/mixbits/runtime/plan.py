@@ -84,6 +84,12 @@ class Placed:
         return FLOAT_BYTES if self.storage is None else 1
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of its elements; those that are repeated by a stride of 0 count once."""
+        sizes = zip(self.shape, self.strides, strict=True)
+        return prod(size for size, stride in sizes if stride) * self.element
+
+    @property
     def operand(self) -> _native.Operand:
         """As the engine's operations see it, once the arena is laid out."""
         storage = self.storage or Bytes(1, 0, 0, None)
@@ -116,14 +122,14 @@ class Placed:
 
 @dataclass(frozen=True)
 class Ran:
-    """What a step does, for reports: its instructions, its kernel, and the bytes of weights it reads."""
+    """What a step does, for reports: its instructions, its kernel, and what it reads and writes."""
 
     names: tuple[str, ...]
     what: str  # a kernel's name, or an operation's
     weight_bits: int = 0
     input_bits: int = 0
     macs: int = 0
-    bytes: int = 0
+    bytes: int = 0  # of inputs, outputs, and weights as the kernel keeps them, each counted once
     of_input: bool = False  # it rounds the program's input
 
 
@@ -300,7 +306,7 @@ class _Planner:
             if isinstance(value.home, Buffer):
                 value.home.last = len(self.plan.makers)
         self.plan.makers.append(make)
-        self.plan.ran.append(ran)
+        self.plan.ran.append(replace(ran, bytes=ran.bytes + sum(value.nbytes for value in values)))
 
     def _floats(self, name: str, shape: tuple[int, ...], order: Sequence[int]) -> Placed:
         """Room for floats, dense with dimensions in this order, the last one closest together."""
@@ -574,7 +580,7 @@ class _Planner:
             weight_bits=weight.grid.bits,
             input_bits=source.grid.bits,
             macs=macs if not linear else macs // shape[0],
-            bytes=weight.packed.nbytes,
+            bytes=_native.weight_bytes(kernel, conv),
         )
         self._step(make, [*used, *(to for to, _, _ in maps)], ran)
 

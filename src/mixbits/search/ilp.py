@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp  # pyright: ignore[reportMissingTypeStubs]
 from scipy.sparse import csr_array  # pyright: ignore[reportMissingTypeStubs]
 
-from mixbits.core.budget import Budget
-from mixbits.core.cost import COSTS
+from mixbits.core.budget import Budget, format_amount
+from mixbits.core.cost import Lookup
 from mixbits.core.profile import Profile
-from mixbits.search import knapsack
-from mixbits.search.greedy import Choices, check_feasible
+from mixbits.search import greedy, knapsack
+from mixbits.search.greedy import Choices, InfeasibleError
 
 SiteHarm = Mapping[str, Mapping[int, float]]  # site -> width -> harm
 PairHarm = Mapping[tuple[str, str], Mapping[tuple[int, int], float]]  # two sites -> their widths -> harm
@@ -90,6 +90,37 @@ def least_harm(
     return {site.name: bits[site.name] for site in profile.sites}
 
 
+def check_feasible(profile: Profile, budget: Budget, allowed: Choices) -> None:
+    """Raise ``InfeasibleError`` unless some choice fits, saying what is reachable.
+
+    Narrower sites use less of everything but time, so of latency the least within the other limits is found.
+    ``ValueError`` if its table lacks a pair of widths.
+    """
+    latency = budget.latency
+    if latency is None:
+        greedy.check_feasible(profile, budget, allowed)
+        return
+    assert latency.table is not None
+    latency.table.check(profile, allowed.widths)
+    others = Budget(tuple(limit for limit in budget.limits if limit is not latency))
+    pairs: dict[tuple[str, str], dict[tuple[int, int], float]] = {}
+    for term in latency.amount(profile).sums[0]:
+        if isinstance(term, Lookup):
+            times = pairs.setdefault(term.sites, {})
+            for widths in product(allowed.widths[term.sites[0]], allowed.widths[term.sites[1]]):
+                times[widths] = times.get(widths, 0.0) + term.amount(*widths)
+    fastest = least_harm(profile, others, allowed, {}, pairs)
+    least = latency.used(profile, fastest)
+    if least > latency.asked:
+        within = f" within {others}" if others.limits else ""
+        reachable, above = (format_amount(latency.cost, ms) for ms in (least, least - latency.asked))
+        raise InfeasibleError(
+            f"the budget cannot be met with these candidates and pins:\n  {latency.text}: at least "
+            f"{reachable}{within}, which is {above} above\n"
+            "  Ask for more, allow other candidates, or drop a pin."
+        )
+
+
 def _program(
     profile: Profile,
     budget: Budget,
@@ -122,7 +153,7 @@ def _program(
         tables[numbers] = tables.get(numbers, np.zeros(shape)) + values
     rows: list[Row] = []
     for limit in budget.limits:
-        amount = COSTS[limit.cost].amount(profile)
+        amount = limit.amount(profile)
         for terms in amount.sums:
             row: dict[tuple[int, ...], NDArray[np.int64]] = {}
             room = _most(limit.asked, amount.divisor)

@@ -17,7 +17,9 @@ from mixbits.core.policy import Policy
 from mixbits.core.profile import Profile, Site
 from mixbits.graph.quant_graph import QuantGraph
 from mixbits.quant.quantizer import Frozen, LearnedStep, Quantizer
-from mixbits.search.greedy import Choices, check_feasible, choices, fit, noise_power
+from mixbits.search.fit import fit
+from mixbits.search.greedy import Choices, choices, noise_power
+from mixbits.search.ilp import check_feasible
 from mixbits.train.finetune import Finetune
 from mixbits.train.randomness import own_random_states
 from mixbits.train.steps import PLAIN_LOOP, Loop
