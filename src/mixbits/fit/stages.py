@@ -466,7 +466,7 @@ def check_stage(run: Run) -> None:
         "check",
         {
             **speed(executor, np.resize(images, (batch, *images.shape[1:]))),
-            "predicted_ms": predicted_ms(table, run.graph.profile, policy.bits) if table else None,
+            "predicted_ms": predicted_ms(table, run.graph.profile, run_policy(run).bits) if table else None,
             "top1": 100 * correct / count,
             "images": count,
             "same_prediction_as_training_graph": same,
