@@ -110,8 +110,8 @@ int Engine::run_shared(const std::uint8_t* input, std::uint8_t* output, std::int
   for (std::size_t i = 0; i < steps_.size(); ++i) {
     const Stopwatch watch(seconds == nullptr ? nullptr : seconds + i);
     std::atomic<bool> numbers{true};
-    threads_.run([&](int part) {
-      const Frame share = frame(part, input, output, sample, part, threads_.count());
+    threads_.run([&](int part, int thread) {
+      const Frame share = frame(thread, input, output, sample, part, threads_.count());
       if (part == 0) {
         for (const Border& border : steps_[i]->borders) border.fill(share);
       }
@@ -129,9 +129,9 @@ int Engine::run_samples(const std::uint8_t* input, std::uint8_t* output, std::in
   const std::int64_t apart = threads == 1 ? 0 : samples / threads * threads;
   std::atomic<int> stopped{-1};
   if (apart > 0) {
-    threads_.run([&](int worker) {
-      for (std::int64_t sample = worker; sample < apart && stopped < 0; sample += threads) {
-        const int at = run_alone(frame(worker, input, output, sample, 0, 1), worker == 0 ? seconds : nullptr);
+    threads_.run([&](int part, int thread) {
+      for (std::int64_t sample = part; sample < apart && stopped < 0; sample += threads) {
+        const int at = run_alone(frame(thread, input, output, sample, 0, 1), part == 0 ? seconds : nullptr);
         if (at >= 0) stopped = at;
       }
     });

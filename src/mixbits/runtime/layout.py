@@ -112,25 +112,25 @@ def order_of(value: Placed) -> list[int]:
 
 def moved_view(value: Placed, step: Instruction, wanted: tuple[int, ...]) -> Placed | None:
     """What a move makes of a value by strides alone; None for a reshape that needs a copy."""
-    attrs, shape, strides = step.attrs, list(value.shape), list(value.strides)
-    offset = value.offset
+    attrs = step.attrs
+    offset, strides = value.offset, list(value.strides)
+    dim = int(attrs.get("dim", 0))
     if step.op == "permute":
-        shape, strides = ([given[dim] for dim in attrs["dims"]] for given in (shape, strides))
+        dims: list[int] = attrs["dims"]
+        strides = [strides[dim] for dim in dims]
     elif step.op == "slice":
-        dim = attrs["dim"]
-        offset += attrs["start"] * strides[dim]
-        strides[dim] *= attrs["step"]
+        offset += int(attrs["start"]) * strides[dim]
+        strides[dim] *= int(attrs["step"])
     elif step.op == "select":
-        offset += attrs["index"] * strides[attrs["dim"]]
-        del strides[attrs["dim"]]
+        offset += int(attrs["index"]) * strides.pop(dim)
     elif step.op == "expand":
-        new = len(wanted) - len(shape)
+        new = len(wanted) - len(strides)
         strides = [0] * new + [
             0 if size == 1 and to != 1 else stride
-            for size, to, stride in zip(shape, wanted[new:], strides, strict=True)
+            for size, to, stride in zip(value.shape, wanted[new:], strides, strict=True)
         ]
     else:
-        reshaped = reshaped_strides(shape, strides, wanted)
+        reshaped = reshaped_strides(value.shape, strides, wanted)
         if reshaped is None:
             return None
         strides = list(reshaped)

@@ -238,15 +238,17 @@ class _Planner:
             border.images, border.channels, border.pixel = n, c, value.strides[-1]
             border.rows, border.columns = h + border.top + border.bottom, w + border.left + border.right
         else:
-            border.rows, border.columns = prod(value.shape[:-1]), 1
-            border.images, border.channels, border.pixel = 1, value.shape[-1], pixel_stride(value.shape[-1])
+            *rows, k = value.shape
+            border.rows, border.columns = prod(rows), 1
+            border.images, border.channels, border.pixel = 1, k, pixel_stride(k)
         border.place = _native.Place(_native.Block.arena, value.home.offset)
         border.value = value.storage.zero or 0
         return border
 
     def _clear(self, value: Placed) -> None:
         """A step that fills a map, where its producer would leave bytes behind channels as they were."""
-        channels = value.shape[1] if value.strides[1:2] == (1,) and len(value.shape) > 2 else value.shape[-1]
+        *_, last = value.shape
+        channels = value.shape[1] if value.strides[1:2] == (1,) and len(value.shape) > 2 else last
         if pixel_stride(channels) == channels:
             return
 
