@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from mixbits.core.budget import parse_budget
 from mixbits.core.cost import COSTS
-from mixbits.core.latency import LatencyTable, LayerTimes
 from mixbits.core.grid import Codebook, Uniform, dequantize, quantize
+from mixbits.core.latency import LatencyTable, LayerTimes
 from mixbits.core.policy import Policy
 from mixbits.graph.quant_graph import QuantGraph, capture
 from mixbits.methods import find_methods, method_named

@@ -163,22 +163,22 @@ def test_a_latency_table_that_does_not_fit_is_refused(
     profile = capture(digits_cnn(), torch.zeros(2, 1, 8, 8)).profile
     layers = [{"name": op.name, "macs": op.macs, "ns": [[1000]], "kernels": [["k"]]} for op in profile.ops]
     entry = {
-        **{
+
             "format": "mixbits-latency",
             "version": 1,
             "network": "mixbits.zoo:digits_cnn",
             "cpu": cpu,
-            "isa": isa,
-        },
-        **{
+            "isa": isa
+        ,
+
             "threads": 1,
             "batch": 1,
             "tuned": False,
             "weight_bits": [4],
             "activation_bits": [4],
-            "rest_ns": 0,
-        },
-        **{"mixbits": "0.1.0", "date": "2026-11-21", "layers": layers},
+            "rest_ns": 0
+        ,
+        "mixbits": "0.1.0", "date": "2026-11-21", "layers": layers,
     }
     (tmp_path / "table.json").write_text(json.dumps(entry | changes))
     arguments = ["--network", "mixbits.zoo:digits_cnn", "--data", "digits", "--float-training.epochs", "1"]
