@@ -89,6 +89,7 @@ std::string refuses(const std::string& name, const mixbits::Conv& conv) {
 
 std::tuple<double, int, int> kernel_cost(const std::string& name, const mixbits::Conv& conv) {
   const mixbits::Kernel& kernel = usable_kernel(name);
+  if (const char* why = kernel.refuses(conv)) throw nb::value_error(("kernel " + name + ": " + why).c_str());
   return {kernel.cycles(conv), kernel.rows(conv), kernel.rows_step};
 }
 

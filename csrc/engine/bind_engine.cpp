@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -109,7 +110,9 @@ void bind_engine(nb::module_& module) {
       .def_rw("right", &Border::right)
       .def_rw("value", &Border::value)
       .def_rw("channels", &Border::channels);
-  nb::class_<Rounding>(module, "Rounding").def_ro("divide", &Rounding::divide);
+  nb::class_<Rounding>(module, "Rounding")
+      .def_ro("divide", &Rounding::divide)
+      .def_rw("finite", &Rounding::finite);
   module.def("uniform_rounding", &uniform_rounding, nb::arg("step"), nb::arg("level_min"), nb::arg("spacing"),
              nb::arg("last"), nb::arg("byte_step"));
   module.def("codebook_rounding", &codebook, nb::arg("step"), nb::arg("thresholds"), nb::arg("bytes"));
@@ -137,11 +140,13 @@ void bind_engine(nb::module_& module) {
              step.residual_scale = levels_scale;
              step.residual_offset = levels_offset;
              step.residual_step = value_step;
+             step.finite_residual = std::isfinite(value_step);
            })
       .def("add_floats",
-           [](LayerStep& step, const PixelPlace& to) {
+           [](LayerStep& step, const PixelPlace& to, bool finite) {
              step.residual_kind = Finish::floats;
              step.residual = to;
+             step.finite_residual = finite;
            })
       .def("limit",
            [](LayerStep& step, float low, float high) {

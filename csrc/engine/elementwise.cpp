@@ -5,30 +5,27 @@
 #include <utility>
 
 #include "engine/loops.h"
+#include "engine/vector.h"
 
 namespace mixbits {
 namespace {
 
 // Comparisons with NaN are false: these pass it on, as NumPy's do.
-float maximum(float x, float y) { return (x > y) | (x != x) ? x : y; }
-float minimum(float x, float y) { return (x < y) | (x != x) ? x : y; }
+float maximum(float x, float y) {
+  const float most = x > y ? x : y;
+  return x != x ? x : most;
+}
+float minimum(float x, float y) {
+  const float least = x < y ? x : y;
+  return x != x ? x : least;
+}
 float clamped(float x, float low, float high) {
   x = x < low ? low : x;
   return x > high ? high : x;
 }
 
-double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
-
 // log(1 + exp(x)) without overflow.
 double log1p_exp(double x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
-
-double gelu_erf(double x) { return x / 2 * (1 + std::erf(x / std::sqrt(2.0))); }
-
-// Hendrycks and Gimpel 2016 (arXiv 1606.08415), section 2.
-double gelu_tanh(double x) {
-  const double slope = std::sqrt(2 / M_PI);
-  return x / 2 * (1 + std::tanh(slope * (x + 0.044715 * (x * x * x))));
-}
 
 template <class Function>
 Elements of_one(Function function) {
@@ -43,6 +40,13 @@ Elements of_two(Function function) {
   return [function](std::int64_t count, const float* const* in, float* out) {
     const float *x = in[0], *y = in[1];
     for (std::int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(function(x[i], y[i]));
+  };
+}
+
+// One of the loops that exist for several instruction sets.
+Elements of_loops(VectorLoops::Function VectorLoops::* function) {
+  return [function](std::int64_t count, const float* const* in, float* out) {
+    (vector_loops().*function)(count, in[0], out);
   };
 }
 
@@ -61,14 +65,14 @@ const std::pair<std::string_view, Elements> kArithmetic[] = {
 // In double, rounded once.
 const std::pair<std::string_view, Elements> kTranscendental[] = {
     {"cos", of_one([](double x) { return std::cos(x); })},
-    {"exp", of_one([](double x) { return std::exp(x); })},
+    {"exp", of_loops(&VectorLoops::exp)},
     {"log", of_one([](double x) { return std::log(x); })},
-    {"mish", of_one([](double x) { return x * std::tanh(log1p_exp(x)); })},
+    {"mish", of_loops(&VectorLoops::mish)},
     {"rsqrt", of_one([](double x) { return 1 / std::sqrt(x); })},
-    {"sigmoid", of_one(sigmoid)},
-    {"silu", of_one([](double x) { return x * sigmoid(x); })},
+    {"sigmoid", of_loops(&VectorLoops::sigmoid)},
+    {"silu", of_loops(&VectorLoops::silu)},
     {"sin", of_one([](double x) { return std::sin(x); })},
-    {"tanh", of_one([](double x) { return std::tanh(x); })},
+    {"tanh", of_loops(&VectorLoops::tanh)},
 };
 
 const std::pair<std::string_view, Elements> kBinary[] = {
@@ -160,7 +164,7 @@ Elements clamp(float low, float high) {
   return of_one([low, high](float x) { return clamped(x, low, high); });
 }
 
-Elements gelu(bool tanh) { return tanh ? of_one(gelu_tanh) : of_one(gelu_erf); }
+Elements gelu(bool tanh) { return of_loops(tanh ? &VectorLoops::gelu_tanh : &VectorLoops::gelu_erf); }
 
 Elements elu(double alpha, double scale, double input_scale) {
   return of_one([scale, input_scale, below = scale * alpha](double x) {

@@ -17,14 +17,19 @@ namespace mixbits {
 struct Rounding {
   enum Kind : std::uint8_t { even, odd, edges } kind = even;  // every integer, every second one, a codebook
   float step = 1;
-  float inverse = 1;   // nearest to 1 / step
+  float inverse = 1;  // nearest to 1 / step
+  bool finite =
+      false;  // infinite values are refused like what is not a number (where floats are rounded alone)
   bool divide = true;  // else value * inverse, corrected once, was shown to give the same codes
   float level_min = 0;
-  float low = 0, high = 0;  // values beyond have the first and the last code: keeps quotients finite
+  float low = 0, high = 0;  // the first and the last level: values beyond have their codes
   int last = 0;             // largest code
   int byte_step = 1;        // byte = code * byte_step, or of a codebook:
   std::uint8_t bytes[256] = {};
   float thresholds[255] = {};  // edges of a codebook, in steps
+  // Of a uniform grid with few codes: the least values that have code 1, 2, ...
+  static constexpr int kFew = 3;
+  float reached[kFew] = {};
 };
 
 struct ByteMap {
@@ -47,6 +52,7 @@ struct Finish {
 
   bool limited = false;
   float low = 0, high = 0;
+  bool always_numbers = false;  // scale, bias and residual are finite: no value can be anything but a number
 
   float* floats_out = nullptr;  // of pixel (0, 0), or null; strides in elements
   std::ptrdiff_t floats_row = 0, floats_pixel = 0;

@@ -24,7 +24,7 @@ std::uint8_t byte_of(const Rounding& to, float value) {
 bool round(const Rounding& to, const float* values, std::size_t count, std::uint8_t* bytes) {
   bool numbers = true;
   for (std::size_t i = 0; i < count; ++i) {
-    numbers &= !std::isnan(values[i]);
+    numbers &= to.finite ? std::isfinite(values[i]) : !std::isnan(values[i]);
     bytes[i] = std::isnan(values[i]) ? 0 : byte_of(to, values[i]);
   }
   return numbers;

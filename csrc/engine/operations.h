@@ -2,31 +2,16 @@
 // made once from its attributes and then run any number of times, by any number of threads.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <functional>
-#include <map>
 #include <span>
 #include <string>
-#include <variant>
 #include <vector>
 
+#include "engine/attributes.h"
 #include "engine/tensor.h"
 
 namespace mixbits {
-
-// A stored constant.
-struct Constant {
-  std::vector<std::int64_t> shape;
-  std::vector<float> values;
-};
-
-// An attribute as core/instructions.py declares it: null, or of one of these kinds; names of constants are
-// replaced by what they stand for, "batch" in a shape by kBatch.
-using Attribute = std::variant<std::monostate, bool, std::int64_t, double, std::string,
-                               std::vector<std::int64_t>, std::vector<std::array<std::int64_t, 2>>, Constant>;
-using Attributes = std::map<std::string, Attribute>;
-inline constexpr std::int64_t kBatch = 0;
 
 struct Operation {
   // Throws std::invalid_argument unless tensors of these shapes and types are what it computes: to be called

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
+#include <type_traits>
 
 #include "engine/loops.h"
+#include "engine/vector.h"
 
 namespace mixbits {
 namespace {
@@ -93,65 +95,60 @@ void for_pixels(const Tensor& input, const Tensor& output, int dims, Part part, 
   }
 }
 
-// Calls `group(lines, count)` with the addresses of the input pixels of a window, up to three at a time.
+// Calls `group(lines, count)` with the addresses of the input pixels of a window, up to kLines at a time.
+constexpr int kLines = 12;
 template <class T, class Group>
 void for_window(const T* origin, const Map& map, const Range& ys, const Range& xs, Group group) {
-  const T* lines[3];
+  const T* lines[kLines];
   int count = 0;
   for (std::int64_t y = 0; y < ys.count; ++y) {
     const T* row = origin + (ys.first + y * ys.step) * map.strides[0] + xs.first * map.strides[1];
     for (std::int64_t x = 0; x < xs.count; ++x) {
       lines[count++] = row + x * xs.step * map.strides[1];
-      if (count == 3) {
-        group(lines, 3);
+      if (count == kLines) {
+        group(lines, count);
         count = 0;
       }
     }
   }
-  for (int k = 0; k < count; ++k) group(lines + k, 1);
+  if (count > 0) group(lines, count);
 }
 
+float larger(float a, float b) {  // passes NaN on, as NumPy does
+  const float most = a > b ? a : b;
+  return a != a ? a : most;
+}
 std::uint8_t larger(std::uint8_t a, std::uint8_t b) { return a > b ? a : b; }
-float larger(float a, float b) { return (a > b) | (a != a) ? a : b; }  // passes NaN on, as NumPy does
 
 template <class T>
-void max_of(T* most, const T* const* lines, int count, std::int64_t stride, int lanes) {
-  if (count == 1) {
-    const T* a = lines[0];
-    if (stride == 1) {
-      for (int i = 0; i < lanes; ++i) most[i] = larger(most[i], a[i]);
-    } else {
-      for (int i = 0; i < lanes; ++i) most[i] = larger(most[i], a[i * stride]);
+void max_of(const VectorLoops& loops, T* most, const T* const* lines, int count, std::int64_t stride,
+            int lanes) {
+  if (stride != 1) {
+    for (int k = 0; k < count; ++k) {
+      for (int i = 0; i < lanes; ++i) most[i] = larger(most[i], lines[k][i * stride]);
     }
-    return;
-  }
-  const T *a = lines[0], *b = lines[1], *c = lines[2];
-  if (stride == 1) {
-    for (int i = 0; i < lanes; ++i) most[i] = larger(larger(most[i], a[i]), larger(b[i], c[i]));
+  } else if constexpr (std::is_same_v<T, float>) {
+    loops.max_floats(lines, count, lanes, most);
   } else {
-    for (int i = 0; i < lanes; ++i) {
-      most[i] = larger(larger(most[i], a[i * stride]), larger(b[i * stride], c[i * stride]));
-    }
+    loops.max_bytes(lines, count, lanes, most);
   }
 }
 
 template <class T, class RangeOf>
 void max_windows(const Tensor& input, const Tensor& output, int dims, T lowest, Part part, RangeOf range) {
+  const VectorLoops& loops = vector_loops();
   const Map in = map_of(input, dims, lane_of(input, dims)), out = map_of(output, dims, lane_of(input, dims));
   for_pixels(input, output, dims, part,
              [&](std::int64_t from, std::int64_t to, int lanes, std::int64_t y, std::int64_t x) {
-               alignas(64) T most[kLanes];
+               alignas(64) T buffer[kLanes];
+               T* target = static_cast<T*>(output.data) + to;
+               T* most = out.lane_stride == 1 ? target : buffer;
                std::fill_n(most, lanes, lowest);
                for_window(static_cast<const T*>(input.data) + from, in, range(0, y), range(1, x),
                           [&](const T* const* lines, int count) {
-                            max_of(most, lines, count, in.lane_stride, lanes);
+                            max_of(loops, most, lines, count, in.lane_stride, lanes);
                           });
-               T* target = static_cast<T*>(output.data) + to;
-               if (out.lane_stride == 1) {
-                 std::copy_n(most, lanes, target);
-               } else {
-                 write(most, target, out.lane_stride, lanes);
-               }
+               if (out.lane_stride != 1) write(buffer, target, out.lane_stride, lanes);
              });
 }
 
@@ -166,20 +163,20 @@ void max_of_type(const Tensor& input, const Tensor& output, int dims, Part part,
 
 template <class T, class Sum>
 void add(Sum* sums, const T* const* lines, int count, std::int64_t stride, int lanes) {
-  if (count == 1) {
-    const T* a = lines[0];
-    if (stride == 1) {
-      for (int i = 0; i < lanes; ++i) sums[i] += a[i];
-    } else {
-      for (int i = 0; i < lanes; ++i) sums[i] += a[i * stride];
+  if (stride != 1) {
+    for (int k = 0; k < count; ++k) {
+      for (int i = 0; i < lanes; ++i) sums[i] += lines[k][i * stride];
     }
     return;
   }
-  const T *a = lines[0], *b = lines[1], *c = lines[2];
-  if (stride == 1) {
+  int k = 0;
+  for (; k + 3 <= count; k += 3) {  // three for one load and store of the sums
+    const T *a = lines[k], *b = lines[k + 1], *c = lines[k + 2];
     for (int i = 0; i < lanes; ++i) sums[i] = sums[i] + a[i] + b[i] + c[i];
-  } else {
-    for (int i = 0; i < lanes; ++i) sums[i] = sums[i] + a[i * stride] + b[i * stride] + c[i * stride];
+  }
+  for (; k < count; ++k) {
+    const T* a = lines[k];
+    for (int i = 0; i < lanes; ++i) sums[i] += a[i];
   }
 }
 

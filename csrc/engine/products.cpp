@@ -1,15 +1,15 @@
 #include "engine/products.h"
 
 #include <algorithm>
-#include <cmath>
+#include <cstdlib>
 
 #include "engine/loops.h"
+#include "engine/vector.h"
 
 namespace mixbits {
 namespace {
 
-// A tile of the result: its sums stay in registers.
-constexpr std::int64_t kRows = 4, kColumns = 4;
+constexpr std::int64_t kRows = kPanelRows, kColumns = kPanelColumns;
 
 std::int64_t rounded_up(std::int64_t size, std::int64_t unit) { return (size + unit - 1) / unit * unit; }
 
@@ -35,22 +35,6 @@ void pack(const Tensor& tensor, std::int64_t at, std::int64_t row, std::int64_t 
         read(tensor, at + i * row + first * column, column, count, packed + i * width);
       }
     }
-  }
-}
-
-// out[r][j] = sum over i of a[i][r] * b[i][j], r < kRows: `a` is one panel of kRows columns, `b` panels of
-// kColumns; rows of `out` are `ld` apart and as long as the panels.
-void product(const double* a, const double* b, std::int64_t depth, std::int64_t columns, double* out,
-             std::int64_t ld) {
-  for (std::int64_t first = 0; first < columns; first += kColumns) {
-    double sums[kRows][kColumns] = {};
-    const double* left = a;
-    for (std::int64_t i = 0; i < depth; ++i, left += kRows, b += kColumns) {
-      for (int r = 0; r < kRows; ++r) {
-        for (int j = 0; j < kColumns; ++j) sums[r][j] += left[r] * b[j];
-      }
-    }
-    for (int r = 0; r < kRows; ++r) std::copy_n(sums[r], kColumns, out + r * ld + first);
   }
 }
 
@@ -103,19 +87,6 @@ void for_tiles(const Tensor* const (&tensors)[N], Part part, Matrix matrix, Rows
   });
 }
 
-void softmax(double* scores, std::int64_t count, std::int64_t seen) {
-  double most = scores[0], sum = 0;
-  for (std::int64_t i = 1; i < seen; ++i) {
-    most = (scores[i] > most) | (scores[i] != scores[i]) ? scores[i] : most;
-  }
-  for (std::int64_t i = 0; i < seen; ++i) {
-    scores[i] = std::exp(scores[i] - most);
-    sum += scores[i];
-  }
-  for (std::int64_t i = 0; i < seen; ++i) scores[i] /= sum;
-  std::fill(scores + seen, scores + count, 0.0);
-}
-
 }  // namespace
 
 std::size_t matmul_scratch(const Tensor& a, const Tensor& b) {
@@ -125,6 +96,7 @@ std::size_t matmul_scratch(const Tensor& a, const Tensor& b) {
 
 void matmul(const Tensor& a, const Tensor& b, const Tensor& output, std::byte* scratch, Part part) {
   const std::int64_t depth = columns_of(a), columns = rounded_up(columns_of(b), kColumns);
+  const VectorLoops& loops = vector_loops();
   auto* right = reinterpret_cast<double*>(scratch);  // all of b
   double* left = right + depth * columns;            // rows of a
   double* sums = left + kRows * depth;
@@ -135,7 +107,7 @@ void matmul(const Tensor& a, const Tensor& b, const Tensor& output, std::byte* s
       },
       [&](const std::int64_t* at, std::int64_t first, std::int64_t count) {
         pack(a, at[0] + first * row_stride(a), column_stride(a), row_stride(a), depth, count, kRows, left);
-        product(left, right, depth, columns, sums, columns);
+        loops.product(left, right, depth, columns, sums, columns);
         write_rows(sums, columns, count, output, at[2] + first * row_stride(output));
       });
 }
@@ -151,6 +123,7 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
                bool causal, std::byte* scratch, Part part) {
   const std::int64_t depth = columns_of(q), keys = rows_of(k), padded = rounded_up(keys, kColumns),
                      columns = rounded_up(columns_of(v), kColumns);
+  const VectorLoops& loops = vector_loops();
   auto* packed_keys = reinterpret_cast<double*>(scratch);
   double* packed_values = packed_keys + depth * padded;
   double* queries = packed_values + keys * columns;
@@ -165,14 +138,16 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
       },
       [&](const std::int64_t* at, std::int64_t first, std::int64_t count) {
         pack(q, at[0] + first * row_stride(q), column_stride(q), row_stride(q), depth, count, kRows, queries);
-        product(queries, packed_keys, depth, padded, scores, padded);
+        loops.product(queries, packed_keys, depth, padded, scores, padded);
         for (std::int64_t r = 0; r < kRows; ++r) {
           double* row = scores + r * padded;
           for (std::int64_t j = 0; j < keys; ++j) row[j] *= scale;
-          softmax(row, keys, causal ? std::min(first + r + 1, keys) : keys);
+          const std::int64_t seen = causal ? std::min(first + r + 1, keys) : keys;
+          loops.softmax(seen, row);
+          std::fill(row + seen, row + keys, 0.0);
           for (std::int64_t j = 0; j < keys; ++j) shares[j * kRows + r] = row[j];
         }
-        product(shares, packed_values, keys, columns, sums, columns);
+        loops.product(shares, packed_values, keys, columns, sums, columns);
         write_rows(sums, columns, count, output, at[3] + first * row_stride(output));
       });
 }

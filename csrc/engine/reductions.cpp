@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "engine/loops.h"
+#include "engine/vector.h"
 
 namespace mixbits {
 namespace {
@@ -27,7 +28,10 @@ struct MaxOfFloats {
   using Element = float;
   using State = float;
   static State first() { return -std::numeric_limits<float>::infinity(); }
-  static State join(State a, State b) { return (a > b) | (a != a) ? a : b; }  // passes NaN on
+  static State join(State a, State b) {  // passes NaN on
+    const State most = a > b ? a : b;
+    return a != a ? a : most;
+  }
 };
 struct SumOfBytes {
   using Element = std::uint8_t;
@@ -63,11 +67,12 @@ typename How::State reduced_line(const typename How::Element* line, std::int64_t
   return partial[0];
 }
 
-// Reduces the elements that `over` visits from `at` on, for `count` results that lie `stride` apart. Calls
-// `settle(states)` when a state can hold no more, and at the end.
+// Reduces the elements that `over` visits from `at` on, for `count` results that lie `stride` apart: line
+// after line of each result, or `across` the results, element after element. Calls `settle(states)` when a
+// state can hold no more, and at the end.
 template <class How, class Settle>
 void gather(const Tensor& input, std::int64_t at, std::int64_t stride, std::int64_t count,
-            const Loops<1>& over, Settle settle) {
+            const Loops<1>& over, bool across, Settle settle) {
   using Element = typename How::Element;
   alignas(64) typename How::State states[kResults];
   alignas(64) Element buffer[kChunk];
@@ -82,9 +87,8 @@ void gather(const Tensor& input, std::int64_t at, std::int64_t stride, std::int6
     gathered += elements;
   };
   const std::int64_t line = over.shape[over.rank - 1], line_stride = over.strides[0][over.rank - 1];
-  const bool along = count == 1 || std::abs(line_stride) < std::abs(stride);
   for_lines(over, [&](const std::int64_t (&start)[1]) {
-    if (along) {
+    if (!across) {
       for (std::int64_t done = 0; done < line; done += kChunk) {
         const std::int64_t length = std::min(kChunk, line - done);
         gathers(length);
@@ -107,9 +111,9 @@ void gather(const Tensor& input, std::int64_t at, std::int64_t stride, std::int6
 
 // Means of levels: float(sum) * float(step / count).
 void mean_of_bytes(const Tensor& input, std::int64_t at, std::int64_t stride, std::int64_t count,
-                   const Loops<1>& over, std::int64_t elements, float* results) {
+                   const Loops<1>& over, bool across, std::int64_t elements, float* results) {
   std::int64_t totals[kResults] = {};
-  gather<SumOfBytes>(input, at, stride, count, over, [&](const std::uint32_t* sums) {
+  gather<SumOfBytes>(input, at, stride, count, over, across, [&](const std::uint32_t* sums) {
     for (std::int64_t i = 0; i < count; ++i) totals[i] += sums[i];
   });
   const auto factor = static_cast<float>(static_cast<double>(input.step) / static_cast<double>(elements));
@@ -187,10 +191,12 @@ void reduce(Reduction reduction, const Tensor& input, const Tensor& output, unsi
   const Tensor reduced = only(input, dims), kept = only(input, ~dims), results = only(output, ~dims);
   const auto over = loops_over<1>({&reduced});
   auto loops = loops_over<2>({&kept, &results}, 0, 0, kept.rank);
-  confine(loops, part);
-  const std::int64_t elements = reduced.elements();
   const int line = loops.rank - 1;
   const std::int64_t stride = loops.strides[0][line], to = loops.strides[1][line];
+  // In the order of memory. It decides the order of summation, so it is not to depend on the part.
+  const bool across = loops.shape[line] > 1 && std::abs(stride) <= std::abs(over.strides[0][over.rank - 1]);
+  confine(loops, part);
+  const std::int64_t elements = reduced.elements();
   for_lines(loops, [&](const std::int64_t (&at)[2]) {
     for (std::int64_t done = 0; done < loops.shape[line]; done += kResults) {
       const std::int64_t count = std::min(kResults, loops.shape[line] - done);
@@ -198,16 +204,16 @@ void reduce(Reduction reduction, const Tensor& input, const Tensor& output, unsi
       float values[kResults];
       if (reduction == Reduction::max) {
         std::fill_n(values, count, MaxOfFloats::first());
-        gather<MaxOfFloats>(input, from, stride, count, over, [&](const float* states) {
+        gather<MaxOfFloats>(input, from, stride, count, over, across, [&](const float* states) {
           for (std::int64_t i = 0; i < count; ++i) values[i] = MaxOfFloats::join(values[i], states[i]);
         });
       } else if (reduction == Reduction::mean && input.is_byte()) {
-        mean_of_bytes(input, from, stride, count, over, elements, values);
+        mean_of_bytes(input, from, stride, count, over, across, elements, values);
       } else {
         const auto factor =
             reduction == Reduction::mean ? static_cast<float>(1 / static_cast<double>(elements)) : 1;
         double totals[kResults] = {};
-        gather<SumOfFloats>(input, from, stride, count, over, [&](const double* sums) {
+        gather<SumOfFloats>(input, from, stride, count, over, across, [&](const double* sums) {
           for (std::int64_t i = 0; i < count; ++i) totals[i] += sums[i];
         });
         for (std::int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(totals[i]) * factor;
@@ -224,25 +230,17 @@ void softmax(const Tensor& input, const Tensor& output, int dim, bool logarithm,
   confine(loops, part);
   const std::int64_t length = input.shape[dim];
   auto* line = reinterpret_cast<double*>(scratch);
+  const VectorLoops& wide = vector_loops();
   const auto one = [&](std::int64_t at, std::int64_t target) {
     read(input, at, input.strides[dim], length, line);
-    double most = line[0];
-    for (std::int64_t i = 1; i < length; ++i) {
-      most = (line[i] > most) | (line[i] != line[i]) ? line[i] : most;
-    }
     float* out = static_cast<float*>(output.data) + target;
     const std::int64_t stride = output.strides[dim];
     if (logarithm) {
-      double sums[kPartials] = {};
-      for (std::int64_t i = 0; i < length; ++i) sums[i % kPartials] += std::exp(line[i] - most);
-      const double log_sum = std::log(sum_of(sums, kPartials));
-      for (std::int64_t i = 0; i < length; ++i) {
-        out[i * stride] = static_cast<float>(line[i] - most - log_sum);
-      }
+      const double log_sum = std::log(wide.softmax_sum(length, line));
+      for (std::int64_t i = 0; i < length; ++i) out[i * stride] = static_cast<float>(line[i] - log_sum);
     } else {
-      for (std::int64_t i = 0; i < length; ++i) line[i] = std::exp(line[i] - most);
-      const double sum = sum_of(line, length);
-      for (std::int64_t i = 0; i < length; ++i) out[i * stride] = static_cast<float>(line[i] / sum);
+      wide.softmax(length, line);
+      for (std::int64_t i = 0; i < length; ++i) out[i * stride] = static_cast<float>(line[i]);
     }
   };
   const int last = loops.rank - 1;

@@ -42,17 +42,22 @@ float at_order(std::int64_t order) {
       static_cast<std::int32_t>(order >= 0 ? order : std::int64_t{INT32_MIN} - order));
 }
 
+// The order of the least float with at least this code.
+std::int64_t reaches(const Rounding& to, int code) {
+  std::int64_t below = order_of(to.low), from = order_of(to.high);
+  while (from - below > 1) {
+    const std::int64_t middle = below + (from - below) / 2;
+    (code_of(to, divided(to, at_order(middle))) >= code ? from : below) = middle;
+  }
+  return from;
+}
+
 // Codes change only where the quotient passes a threshold, and the two quotients differ by a unit of their
 // last place at most: if all floats near each threshold have the same code either way, all floats have.
 bool reciprocal_is_exact(const Rounding& to) {
   if (!(to.step > 0x1p-60F && to.step < 0x1p60F)) return false;  // corrections could underflow or overflow
   for (int code = 1; code <= to.last; ++code) {
-    std::int64_t below = order_of(to.low),
-                 from = order_of(to.high);  // the first float with at least that code
-    while (from - below > 1) {
-      const std::int64_t middle = below + (from - below) / 2;
-      (code_of(to, divided(to, at_order(middle))) >= code ? from : below) = middle;
-    }
+    const std::int64_t from = reaches(to, code);
     for (std::int64_t order = from - kNeighbours; order <= from + kNeighbours; ++order) {
       const float value = at_order(order);
       if (code_of(to, divided(to, value)) != code_of(to, corrected(to, value))) return false;
@@ -71,9 +76,12 @@ Rounding uniform_rounding(float step, int level_min, int spacing, int last, int 
   to.level_min = static_cast<float>(level_min);
   to.last = last;
   to.byte_step = byte_step;
-  to.low = bounded(double{step} * (level_min - spacing));
-  to.high = bounded(double{step} * (level_min + spacing * (last + 1)));
+  to.low = bounded(double{step} * level_min);
+  to.high = bounded(double{step} * (level_min + spacing * last));
   to.divide = !reciprocal_is_exact(to);
+  for (int code = 1; code <= std::min(last, Rounding::kFew); ++code) {
+    to.reached[code - 1] = at_order(reaches(to, code));
+  }
   return to;
 }
 

@@ -1,6 +1,7 @@
 #include "engine/steps.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "engine/loops.h"
 #include "engine/moves.h"
@@ -22,6 +23,11 @@ void LayerStep::use(const Kernel& by, const std::int16_t* levels) {
   weights = Aligned(by.weight_bytes(conv));
   by.pack(conv, levels, weights.data());
   if (border_level != 0) find_excess(levels);
+  const auto finite = [this](const Aligned& values) {
+    const auto* begin = reinterpret_cast<const float*>(values.data());
+    return std::all_of(begin, begin + outputs(), [](float value) { return std::isfinite(value); });
+  };
+  finite_ = finite(scale) && finite(bias);
 }
 
 void LayerStep::find_excess(const std::int16_t* levels) {
@@ -74,6 +80,12 @@ bool LayerStep::run(const Frame& frame) const {
     channels = round_up(static_cast<int>(ceil_div(outputs(), ceil_div(frame.parts, images * strips))),
                         kChannelBlock);
   }
+  // A row whose sums are too many is cut into channels too, by kernels that have nothing to prepare for it.
+  const std::int64_t pixel_room =
+      kAccBytes / (static_cast<std::int64_t>(sizeof(std::int32_t)) * rows * conv.out_w);
+  if (channels > pixel_room && conv.groups == 1 && kernel->scratch_bytes(conv, rows) == 0) {
+    channels = std::max(static_cast<int>(pixel_room) / kChannelBlock, 1) * kChannelBlock;
+  }
   const std::int64_t blocks = ceil_div(outputs(), channels);
   bool numbers = true;
   const std::int64_t jobs = images * strips * blocks;
@@ -113,6 +125,7 @@ bool LayerStep::run_job(const Frame& frame, std::int64_t image, int y0, int y1, 
     finish.residual_scale = residual_scale;
     finish.residual_offset = residual_offset;
   }
+  finish.always_numbers = finite_ && (residual_kind == Finish::none || finite_residual);
   finish.limited = limited;
   finish.low = low;
   finish.high = high;
@@ -133,37 +146,23 @@ bool LayerStep::run_job(const Frame& frame, std::int64_t image, int y0, int y1, 
 bool RoundStep::run(const Frame& frame) const {
   const Tensor source = from.in(frame), target = to.in(frame);
   if (makes_pixels()) return round_pixels(frame, source, target);
-  // The dimension that lies closest together is rounded in runs; the others are counted through.
-  int inner = 0;
-  for (int i = 1; i < source.rank; ++i) {
-    const bool shorter = source.strides[i] <= source.strides[inner];
-    if (source.shape[i] > 1 && (source.shape[inner] <= 1 || shorter)) inner = i;
-  }
-  std::int64_t outer = 1;
-  for (int i = 0; i < source.rank; ++i) outer *= i == inner ? 1 : source.shape[i];
-  const std::int64_t length = source.rank == 0 ? 1 : source.shape[inner];
-  const std::int64_t from_stride = source.rank == 0 ? 1 : source.strides[inner];
-  const std::int64_t to_stride = target.rank == 0 ? 1 : target.strides[inner];
+  Loops<2> loops = loops_over({&source, &target});
+  confine(loops, {frame.part, frame.parts});
+  const int line = loops.rank - 1;
+  const std::int64_t from_stride = loops.strides[0][line], to_stride = loops.strides[1][line];
   bool numbers = true;
   float buffer[kRun];
   std::uint8_t rounded[kRun];
-  for (std::int64_t i = frame.begin(outer); i < frame.end(outer); ++i) {
-    std::int64_t from_at = 0, to_at = 0, rest = i;
-    for (int dim = source.rank - 1; dim >= 0; --dim) {
-      if (dim == inner) continue;
-      from_at += rest % source.shape[dim] * source.strides[dim];
-      to_at += rest % source.shape[dim] * target.strides[dim];
-      rest /= source.shape[dim];
-    }
-    for (std::int64_t start = 0; start < length; start += kRun) {
-      const std::int64_t count = std::min(kRun, length - start);
-      const float* values = floats_at(source, from_at + start * from_stride, from_stride, count, buffer);
-      auto* out = static_cast<std::uint8_t*>(target.data) + to_at + start * to_stride;
+  for_lines(loops, [&](const std::int64_t (&at)[2]) {
+    for (std::int64_t start = 0; start < loops.shape[line]; start += kRun) {
+      const std::int64_t count = std::min(kRun, loops.shape[line] - start);
+      const float* values = floats_at(source, at[0] + start * from_stride, from_stride, count, buffer);
+      auto* out = static_cast<std::uint8_t*>(target.data) + at[1] + start * to_stride;
       numbers &=
           finisher().round(rounding, values, static_cast<std::size_t>(count), to_stride == 1 ? out : rounded);
       if (to_stride != 1) write(rounded, out, to_stride, count);
     }
-  }
+  });
   return numbers;
 }
 

@@ -40,6 +40,7 @@ struct LayerStep final : Step {
 
   Finish::Residual residual_kind = Finish::none;
   PixelPlace residual;
+  bool finite_residual = false;
   float residual_step = 1;
   int residual_scale = 1, residual_offset = 0;
   bool limited = false;
@@ -67,6 +68,7 @@ struct LayerStep final : Step {
   bool run_job(const Frame& frame, std::int64_t image, int y0, int y1, int o0, int o1) const;
 
   std::vector<Excess> excess_;  // in the order of rows
+  bool finite_ = false;         // scale and bias
 };
 
 // A value of a run: a tensor whose data lies at a place.

@@ -16,6 +16,7 @@ using Vector = __m512i;
 constexpr int kLanes = 16;       // output channels of a vector
 constexpr int kTilePixels = 8;   // pixels of a tile at most
 constexpr int kTileVectors = 2;  // vectors of output channels of a tile at most
+constexpr int kAhead = 4096;     // bytes from the weights that are read to those that are fetched
 constexpr int kMostPairs = 64;   // of planes, 8 x 8 bits
 constexpr Blocks kBlocks = {.word_bytes = 4, .channels = kTileVectors * kLanes, .unit = kLanes};
 
@@ -42,7 +43,10 @@ template <bool kFirst, int kVectors, int kPixels>
                                             const std::uint8_t* word, std::ptrdiff_t pixel_step) {
   Vector of_weight[kVectors];
 #pragma GCC unroll 2
-  for (int v = 0; v < kVectors; ++v) of_weight[v] = _mm512_load_si512(weight + v * sizeof(Vector));
+  for (int v = 0; v < kVectors; ++v) {
+    of_weight[v] = _mm512_load_si512(weight + v * sizeof(Vector));
+    _mm_prefetch(weight + v * sizeof(Vector) + kAhead, _MM_HINT_T0);
+  }
 #pragma GCC unroll 8
   for (int p = 0; p < kPixels; ++p) {
     int of_input;
@@ -193,6 +197,31 @@ constexpr MakeRow kMakeRow[2][kBitsOfByte] = {
      make_dense_row<6>, make_dense_row<7>, make_dense_row<8>},
 };
 
+// `fill_corrections` of kernels/bitplanes.h, 16 windows at a time.
+void fill_corrections_of_vectors(const Conv& conv, const BitPlanes& planes, int rows,
+                                 const BitScratch& scratch) {
+  const int out_w = conv.out_w, stride_x = planes.stride_x;
+  const Vector factor = _mm512_set1_epi32(conv.a_scale * conv.w_min);
+  const Vector lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const Vector columns = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(stride_x));
+  for (std::ptrdiff_t y = 0; y < rows; ++y) {
+    for (int x = 0; x < out_w; x += kLanes) {
+      const __mmask16 there = out_w - x < kLanes ? (1 << (out_w - x)) - 1 : 0xffff;
+      Vector sum = _mm512_setzero_si512();
+      for (int ky = 0; ky < conv.kh; ++ky) {
+        const std::int32_t* sums =
+            scratch.pixel_sums + (y * planes.stride_y + ky * conv.dilation_y) * planes.width + x * stride_x;
+        for (int kx = 0; kx < conv.kw; ++kx, sums += conv.dilation_x) {
+          const Vector more = stride_x == 1 ? _mm512_maskz_loadu_epi32(there, sums)
+                                            : _mm512_mask_i32gather_epi32(sum, there, columns, sums, 4);
+          sum = _mm512_add_epi32(sum, more);
+        }
+      }
+      _mm512_mask_storeu_epi32(scratch.corrections + y * out_w + x, there, _mm512_mullo_epi32(sum, factor));
+    }
+  }
+}
+
 void make_planes(const Conv& conv, const BitPlanes& planes, const BitScratch& scratch, const Job& job) {
   fill_offsets(conv, planes, scratch.offsets);
   const MakeRow make = kMakeRow[dense(conv, planes)][planes.a_bits - 1];
@@ -202,7 +231,7 @@ void make_planes(const Conv& conv, const BitPlanes& planes, const BitScratch& sc
     make(conv, planes, input + row * planes.y_step, scratch.planes + row * planes.row_bytes,
          scratch.pixel_sums + row * planes.width);
   }
-  fill_corrections(conv, planes, job.y1 - job.y0, scratch.pixel_sums, scratch.corrections);
+  fill_corrections_of_vectors(conv, planes, job.y1 - job.y0, scratch);
 }
 
 // One block of channels at all pixels of a job. A row is cut into as few tiles as can be, of sizes that
@@ -264,23 +293,29 @@ const char* refuses(const Conv& conv) {
   return conv.groups > 1 ? "groups are narrower than its words" : bitplanes_refuses(conv);
 }
 
+// As many as have 64 KiB of sums, and equal ones.
 int rows(const Conv& conv) {
-  const int row_bytes = static_cast<int>(sizeof(std::int32_t)) * conv.out_w * round_up(conv.o, kLanes);
-  const int fit = larger(1, smaller(conv.out_h, (64 << 10) / row_bytes));
+  const std::int64_t row_bytes =
+      static_cast<std::int64_t>(sizeof(std::int32_t)) * conv.out_w * round_up(conv.o, kLanes);
+  const int fit = larger(1, smaller(conv.out_h, static_cast<int>((64 << 10) / row_bytes)));
   return ceil_div(conv.out_h, ceil_div(conv.out_h, fit));
 }
 
-// Fitted to measurements on a Zen 4: within 10 % of them for the layers of benchmarks/kernels.py.
+// Fitted to measurements on a Zen 4: within 10 % of them for the convolutions of benchmarks/kernels.py,
+// within 25 % for linear layers on one vector.
 double cycles(const Conv& conv) {
   const BitPlanes planes(conv, kBlocks);
   const double jobs = ceil_div(conv.out_h, rows(conv));
   const double made = planes.width * (planes.made_rows(conv, conv.out_h) + (jobs - 1) * (conv.kh - 1));
   const double tests = dense(conv, planes) ? conv.c / 64.0 : ceil_div(conv.c, 64);
-  const double making = made * (2 + tests * (2.5 + 3.5 * planes.a_bits)) + 300 * jobs;
   const double vectors = ceil_div(conv.o, kLanes), pixels = 1.0 * conv.out_h * conv.out_w;
-  const double tiles = 1.0 * conv.out_h * ceil_div(conv.out_w, kTilePixels) *
-                       ceil_div(static_cast<int>(vectors), kTileVectors);
-  const double products = 1.53 * planes.w_bits * planes.a_bits * planes.steps;
+  const double making = made * (1 + tests * (1.5 + 3.3 * planes.a_bits)) + 300 * jobs +
+                        pixels * conv.taps() * (planes.stride_x == 1 ? 0.1 : 1.5);
+  const int columns = ceil_div(conv.out_w, kTilePixels);
+  const double tiles = 1.0 * conv.out_h * columns * ceil_div(static_cast<int>(vectors), kTileVectors);
+  // Tiles of one pixel wait for weights from L2.
+  const double step = conv.out_w == columns ? 2.4 : 1.53;
+  const double products = step * planes.w_bits * planes.a_bits * planes.steps;
   return making + pixels * vectors * (products + 1.5) + 15 * tiles;
 }
 

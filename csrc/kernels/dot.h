@@ -12,9 +12,9 @@
 // levels, so that any grid will do; those of 8 bits are the levels themselves. Levels that do not fit a
 // signed byte are kept as (level - shift) / factor, and the sum of the window's bytes makes up for it.
 //
-//   packed = | tables: 64 | start: int32 [groups][o'] | vectors |     o': o rounded up to whole panels
-//   start  = a_offset * the sum of the channel's levels
-//   vectors [groups][o' / lanes / block][segment][ceil(steps * bits / 8)][block panels]
+//   packed  = | tables: 64 | start: int32 [groups][o'] | vectors |     o': o rounded up to whole panels
+//   start   = a_offset * the sum of the channel's levels, and what Form::input_offset leaves out
+//   vectors [groups][o' / lanes / block][segment][ceil(steps * bits / 8)][panels of the block]
 //   vector  = lanes x 4 bytes; bits [bits * i, bits * (i + 1)) of each byte are the weight of step i
 //             (lanes x 2 int16 where values are int16)
 //
@@ -37,6 +37,7 @@ struct Form {
   int lanes;
   int value_bytes;          // of an input channel as it is multiplied
   int widest[kMostPanels];  // pixels of the widest tile of 1, 2, .. panels; 3 as many as 4
+  int input_offset = 0;     // bytes of the input are multiplied less this
 };
 
 // level = factor * stored + shift.
@@ -156,7 +157,7 @@ inline void pack_levels(const Conv& conv, const Form& form, const std::int16_t* 
     const int block = l.panels - first < l.block ? l.panels - first : l.block;
     std::uint8_t* of_block =
         packed + l.weights + (static_cast<std::size_t>(o / conv.o) * l.panels + first) * l.panel_bytes;
-    std::int32_t sum = 0;
+    std::int32_t sum = 0, stored_sum = 0;
     for (int c = 0; c < conv.c; ++c) {
       for (int ky = 0; ky < conv.kh; ++ky) {
         for (int kx = 0; kx < conv.kw; ++kx) {
@@ -171,6 +172,7 @@ inline void pack_levels(const Conv& conv, const Form& form, const std::int16_t* 
           std::uint8_t* at =
               of_block + (vector * form.lanes + lane) * 4 + value % values_of_step * form.value_bytes;
           const int stored = (level - storage.shift) / storage.factor;
+          stored_sum += stored;
           const int code =
               l.bits < 8 ? table.index_of(stored) << (step % l.steps_of_vector * l.bits) : stored;
           at[0] |= static_cast<std::uint8_t>(code);
@@ -178,7 +180,11 @@ inline void pack_levels(const Conv& conv, const Form& form, const std::int16_t* 
         }
       }
     }
-    start[o / conv.o * l.panels * form.lanes + o % conv.o] = conv.a_offset * sum;
+    // Weights that steps have beyond the window's are zeroed memory too: index 0 of the table.
+    const int beyond = l.segments() * l.steps * values_of_step - conv.taps() * conv.c;
+    stored_sum += beyond * (l.bits < 8 ? table.level[0] : 0);
+    start[o / conv.o * l.panels * form.lanes + o % conv.o] =
+        conv.a_offset * sum + storage.factor * conv.a_scale * form.input_offset * stored_sum;
   }
   // Table j takes four bits of codes and gives the level of code j of them.
   for (int i = 0; i < kTables && l.bits < 8; ++i) {
@@ -290,14 +296,44 @@ inline void run_tiles(const Conv& conv, const Job& job, const Form& form, const 
   }
 }
 
+// Calls `tile` for the first window, sum and outputs of every tile.
+template <int kPixels, class Tile>
+inline void each_tile(const Tiles& t, Tile tile) {
+  for (int y = 0; y < t.rows; ++y) {
+    for (int i = 0; i < t.count; ++i) {
+      const int x = i * kPixels;
+      tile(t.input + y * t.layout.between_y + x * t.layout.between_x,
+           t.extra == nullptr ? nullptr : t.extra + y * t.out_w + x,
+           t.acc + (static_cast<std::ptrdiff_t>(y) * t.out_w + x) * t.ld);
+    }
+  }
+}
+
+// Cycles of an image whose steps take, for every panel, `of_product` a pixel and `of_weight` once, but not
+// less than `least` (which is what reading or unpacking weights takes).
+inline double cycles_of(const Conv& conv, const Form& form, double of_product, double of_weight,
+                        double least) {
+  const Layout l = layout_of(conv, form);
+  const double steps = static_cast<double>(l.steps) * l.segments();
+  double of_row = 0;
+  for (int panel = 0; panel < l.panels; panel += l.block) {
+    const int panels = l.panels - panel < l.block ? l.panels - panel : l.block;
+    const int tiles = tiling_of(form, conv.out_w, panels).count;
+    const double of_step = of_product * conv.out_w / tiles + of_weight;
+    of_row += tiles * panels * steps * (of_step < least ? least : of_step);
+    of_row += tiles * (16 + 6 * l.segments()) + 2 * panels * conv.out_w;
+  }
+  return conv.groups * conv.out_h * of_row;
+}
+
 // Addresses of neighbouring windows without a register each: odd multiples of their distance are kept, and
 // addressing multiplies them by 2, 4 and 8.
 template <int kPixels>
 struct Windows {
-  std::ptrdiff_t odd[kPixels / 2 + 1];
+  std::ptrdiff_t odd[kPixels / 2 + 1];  // the last is never used: there are no arrays of none
 
   explicit Windows(std::ptrdiff_t between) {
-    for (int i = 0; i <= kPixels / 2; ++i) odd[i] = (2 * i + 1) * between;
+    for (int i = 0; i < kPixels / 2; ++i) odd[i] = (2 * i + 1) * between;
   }
   std::ptrdiff_t operator[](int n) const {
     if (n == 0) return 0;

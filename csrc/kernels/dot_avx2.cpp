@@ -118,9 +118,11 @@ inline void widen(__m256i (&sum)[kPanels][kPixels], std::int32_t* total) {
   }
 }
 
+// Not inline, or what surrounds it would take registers that addresses need.
 template <int kPanels, int kPixels, int kBits>
-inline void tile(const Tiles& t, const Tables<kBits>& tables, const Windows<kPixels>& windows,
-                 const std::uint8_t* window, const std::int32_t* extra, std::int32_t* acc) {
+__attribute__((noinline)) void tile(const Tiles& t, const Tables<kBits>& tables,
+                                    const Windows<kPixels>& windows, const std::uint8_t* window,
+                                    const std::int32_t* extra, std::int32_t* acc) {
   const Layout& l = t.layout;
   constexpr int kSteps = 8 / kBits;
   __m256i sum[kPanels][kPixels];
@@ -132,13 +134,13 @@ inline void tile(const Tiles& t, const Tables<kBits>& tables, const Windows<kPix
 #pragma GCC unroll 8
     for (int n = 0; n < kPixels; ++n) sum[m][n] = _mm256_setzero_si256();
   }
-  const bool widened = l.vectors * l.segments() * kSteps >= t.block;
-  for (int i = 0; widened && i < kPanels * kPixels; ++i) {
-    _mm256_store_si256(reinterpret_cast<__m256i*>(total) + i, _mm256_setzero_si256());
-  }
   const std::uint8_t* weights = t.weights;
   const int block = t.block / kSteps;  // vectors
   int room = block;
+  const bool widened = l.vectors * l.segments() >= block;
+  for (int i = 0; widened && i < kPanels * kPixels; ++i) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(total) + i, _mm256_setzero_si256());
+  }
   for (int y = 0; y < l.segments_y; ++y) {
     for (int x = 0; x < l.segments_x; ++x) {
       const std::uint8_t* input = window + y * l.stride_y + x * l.stride_x;
@@ -192,15 +194,9 @@ template <int kPanels, int kPixels, int kBits>
 void tiles(const Tiles& t) {
   const Tables<kBits> tables(t.tables);
   const Windows<kPixels> windows(t.layout.between_x);
-  for (int y = 0; y < t.rows; ++y) {
-    for (int i = 0; i < t.count; ++i) {
-      const int x = i * kPixels;
-      tile<kPanels, kPixels, kBits>(t, tables, windows,
-                                    t.input + y * t.layout.between_y + x * t.layout.between_x,
-                                    t.extra == nullptr ? nullptr : t.extra + y * t.out_w + x,
-                                    t.acc + (static_cast<std::ptrdiff_t>(y) * t.out_w + x) * t.ld);
-    }
-  }
+  each_tile<kPixels>(t, [&](const std::uint8_t* window, const std::int32_t* extra, std::int32_t* acc) {
+    tile<kPanels, kPixels, kBits>(t, tables, windows, window, extra, acc);
+  });
 }
 
 template <int kBits>
@@ -264,19 +260,9 @@ void run(const Conv& conv, const Job& job) {
 }
 
 double cycles(const Conv& conv) {
-  const Layout l = layout_of(conv, kForm);
-  const double steps = static_cast<double>(l.steps) * l.segments();
-  const int block = steps_of_block(conv);
-  const double of_step = 0.62 + (block < steps ? 1.5 / block : 0);
-  double of_row = 0;
-  for (int panel = 0; panel < l.panels; panel += l.block) {
-    const int panels = l.panels - panel < l.block ? l.panels - panel : l.block;
-    const Tiling tiling = tiling_of(kForm, conv.out_w, panels);
-    const double pixels = 1.0 * conv.out_w / tiling.count;
-    of_row += tiling.count * panels * steps * (pixels * of_step < 1 ? 1 : pixels * of_step);
-    of_row += tiling.count * (16 + 6 * l.segments()) + 2 * panels * conv.out_w;
-  }
-  return conv.groups * conv.out_h * of_row;
+  const int bits = stored_bits(conv, kForm);
+  const double unpacking = bits == 8 ? 0 : bits == 4 ? 0.56 : bits == 2 ? 0.36 : 0.28;
+  return cycles_of(conv, kForm, 0.69 + 1.0 / steps_of_block(conv), unpacking, bits == 8 ? 1.5 : 1.2);
 }
 
 int rows(const Conv& conv) { return rows_of(conv); }

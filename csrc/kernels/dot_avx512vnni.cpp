@@ -3,8 +3,10 @@
 // Weights are packed as kernels/dot.h says, in panels of 16 channels.
 
 // GCC 12 takes the operands that intrinsics leave undefined for a mistake of ours (its bug 105593).
+#ifndef __clang__
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 
 #include <cstring>
@@ -84,9 +86,11 @@ inline void steps_of_vector(__m512i (&sum)[kPanels][kPixels], const std::uint8_t
   }
 }
 
+// Not inline, or what surrounds it would take registers that addresses need.
 template <int kPanels, int kPixels, int kBits>
-inline void tile(const Tiles& t, const Tables<kBits>& tables, const Windows<kPixels>& windows,
-                 const std::uint8_t* window, const std::int32_t* extra, std::int32_t* acc) {
+__attribute__((noinline)) void tile(const Tiles& t, const Tables<kBits>& tables,
+                                    const Windows<kPixels>& windows, const std::uint8_t* window,
+                                    const std::int32_t* extra, std::int32_t* acc) {
   const Layout& l = t.layout;
   constexpr int kSteps = 8 / kBits;
   __m512i sum[kPanels][kPixels];
@@ -139,15 +143,9 @@ template <int kPanels, int kPixels, int kBits>
 void tiles(const Tiles& t) {
   const Tables<kBits> tables(t.tables);
   const Windows<kPixels> windows(t.layout.between_x);
-  for (int y = 0; y < t.rows; ++y) {
-    for (int i = 0; i < t.count; ++i) {
-      const int x = i * kPixels;
-      tile<kPanels, kPixels, kBits>(t, tables, windows,
-                                    t.input + y * t.layout.between_y + x * t.layout.between_x,
-                                    t.extra == nullptr ? nullptr : t.extra + y * t.out_w + x,
-                                    t.acc + (static_cast<std::ptrdiff_t>(y) * t.out_w + x) * t.ld);
-    }
-  }
+  each_tile<kPixels>(t, [&](const std::uint8_t* window, const std::int32_t* extra, std::int32_t* acc) {
+    tile<kPanels, kPixels, kBits>(t, tables, windows, window, extra, acc);
+  });
 }
 
 template <int kBits>
@@ -219,19 +217,8 @@ void run(const Conv& conv, const Job& job) {
 }
 
 double cycles(const Conv& conv) {
-  const Layout l = layout_of(conv, kForm);
-  const double steps = static_cast<double>(l.steps) * l.segments();
-  double of_row = 0;
-  for (int panel = 0; panel < l.panels; panel += l.block) {
-    const int panels = l.panels - panel < l.block ? l.panels - panel : l.block;
-    const Tiling tiling = tiling_of(kForm, conv.out_w, panels);
-    // For a pixel or two, unpacking weights or reading them takes longer than the products.
-    const double slowest = l.bits == 8 ? 2.4 : 1.6;
-    const double pixels = 1.0 * conv.out_w / tiling.count;
-    of_row += tiling.count * panels * steps * (pixels < slowest ? slowest : pixels);
-    of_row += tiling.count * (16 + 6 * l.segments()) + 2 * panels * conv.out_w;
-  }
-  return conv.groups * conv.out_h * of_row;
+  // For a pixel or two, unpacking weights or reading them takes longer than the products.
+  return cycles_of(conv, kForm, 1, 0, stored_bits(conv, kForm) == 8 ? 2.4 : 1.6);
 }
 
 int rows(const Conv& conv) { return rows_of(conv); }

@@ -130,7 +130,7 @@ std::int32_t lacking(const Conv& conv, const Plan& plan, const std::int16_t* kno
   return conv.a_scale * (products - conv.taps() * fillers * filler) + conv.a_offset * sum_of_weights;
 }
 
-// Where the windows of a job find indices: int16 [rows][columns][groups], each times the bytes of a table. A
+// Where the windows of a job find indices: uint16 [rows][columns][groups], each times the bytes of a table. A
 // window of one row or column needs none of those that a stride skips.
 struct Map {
   int rows, columns;       // of indices
@@ -154,9 +154,9 @@ struct Pass {
   const std::uint8_t* tables;
   const std::uint8_t* weights;
   std::size_t panel_bytes;
-  int groups, run;                         // indices of a pixel, entries that a byte has room for
+  int groups, run;                         // indices that lie side by side, entries that a byte has room for
   int first, last;                         // indices of the window
-  int kw;                                  // of the window
+  int kw;                                  // such pieces of a window's row
   std::ptrdiff_t row_bytes, column_bytes;  // of the map, from one window row and column to the next
   const std::int32_t* start;               // what sums start from, or null: from what they are
   int shift;                               // of sums

@@ -1,8 +1,7 @@
-// Products looked up by vpermb: an index of 6 bits holds 6, 3 or 2 weights of 1, 2 or 3 bits, and as many
-// inputs choose one of 64 tables; a look-up gives the sums of their products for 64 output channels.
+// Products looked up by vpermb: an index of 6 bits holds 6 to 2 weights of 1 to 3 bits, as many inputs choose
+// one of at most 256 tables, and a look-up gives the sums of their products for 64 output channels.
 //
-//   { 64 tables [64] | what entries lack int32 [panels of 64] | weights [panel][window position][groups][64
-//   lanes] }
+//   { tables [tables][64] | what entries lack int32 [panels of 64] | weights [panel][indices][64] }
 //
 // Lane 2 i is output i of a panel, lane 2 i + 1 output 32 + i: bytes widen into halves in order.
 
@@ -17,13 +16,11 @@
 namespace mixbits {
 namespace {
 
-constexpr int kPanel = 64;  // outputs of a register
-constexpr int kIndexBits = 6;
-constexpr int kTableBytes = (1 << kIndexBits) * kPanel;
+constexpr int kPanel = 64;      // outputs of a register
 constexpr int kTableShift = 6;  // from an index to the place of its table
 constexpr int kAhead = 2048;    // bytes of weights between what is read and what is fetched
 
-constexpr Plan plan_of(const Conv& conv) { return plan_of(conv, kIndexBits, kIndexBits, 1); }
+constexpr Plan plan_of(const Conv& conv) { return plan_of(conv, 6, 8, 1); }
 
 const char* refuses(const Conv& conv) { return refuses_plan(conv, plan_of(conv), 1); }
 
@@ -33,8 +30,14 @@ std::size_t panel_bytes(const Conv& conv, const Plan& plan) {
   return static_cast<std::size_t>(conv.taps()) * plan.groups * kPanel;
 }
 
+// Of what comes before the weights.
+std::size_t head_bytes(const Conv& conv, const Plan& plan) {
+  return static_cast<std::size_t>(kPanel) * (plan.tables() + sizeof(std::int32_t) * panels(conv));
+}
+
 std::size_t weight_bytes(const Conv& conv) {
-  return kTableBytes + panels(conv) * (sizeof(std::int32_t) * kPanel + panel_bytes(conv, plan_of(conv)));
+  const Plan plan = plan_of(conv);
+  return head_bytes(conv, plan) + panels(conv) * panel_bytes(conv, plan);
 }
 
 // Measured on Zen 4. A table that serves one panel alone is bound by its load.
@@ -53,8 +56,8 @@ void pack(const Conv& conv, const std::int16_t* levels, std::uint8_t* packed) {
   std::int16_t known[kMostLevels] = {};
   const int count = find_levels(conv, levels, known);
   fill_tables(conv, plan, known, count, kPanel, packed);
-  auto* constants = reinterpret_cast<std::int32_t*>(packed + kTableBytes);
-  std::uint8_t* weights = packed + kTableBytes + sizeof(std::int32_t) * kPanel * panels(conv);
+  auto* constants = reinterpret_cast<std::int32_t*>(packed + plan.tables() * kPanel);
+  std::uint8_t* weights = packed + head_bytes(conv, plan);
   for (int o = 0; o < conv.o; ++o) {
     const int output = o % kPanel;
     const int lane = output < kPanel / 2 ? 2 * output : 2 * (output - kPanel / 2) + 1;
@@ -205,8 +208,9 @@ void run(const Conv& conv, const Job& job) {
   const std::uint8_t* input =
       job.input + static_cast<std::ptrdiff_t>(job.y0) * conv.stride_y * conv.row_bytes();
   index_map(conv, plan, map, input, job.scratch);
-  const auto* constants = reinterpret_cast<const std::int32_t*>(job.weights + kTableBytes);
-  const std::uint8_t* weights = job.weights + kTableBytes + sizeof(std::int32_t) * kPanel * panels(conv);
+  const auto* constants = reinterpret_cast<const std::int32_t*>(job.weights + plan.tables() * kPanel);
+  const std::uint8_t* weights = job.weights + head_bytes(conv, plan);
+  const int side = conv.dilation_x == 1 ? conv.kw : 1;  // columns whose indices lie side by side
   const int window = conv.taps() * plan.groups;
   for (int o = job.o0; o < job.o1; o += 2 * kPanel) {
     const int outputs = least(job.o1 - o, 2 * kPanel);
@@ -214,11 +218,11 @@ void run(const Conv& conv, const Job& job) {
       const Pass pass = {.tables = job.weights,
                          .weights = weights + o / kPanel * panel_bytes(conv, plan),
                          .panel_bytes = panel_bytes(conv, plan),
-                         .groups = plan.groups,
+                         .groups = plan.groups * side,
                          .run = plan.byte_run(),
                          .first = first,
                          .last = least(window, first + plan.short_run()),
-                         .kw = conv.kw,
+                         .kw = conv.kw / side,
                          .row_bytes = conv.dilation_y * map.row_bytes,
                          .column_bytes = conv.dilation_x * map.pixel_bytes,
                          .start = first == 0 ? constants + o : nullptr,

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -54,3 +56,20 @@ def ceilings() -> list[str]: ...
 def time_ceiling(name: str, repeats: int) -> float: ...
 def isa_problem() -> str: ...
 def cpu_model() -> str: ...
+
+class Tensor:
+    def __init__(
+        self,
+        array: NDArray[np.float32] | NDArray[np.uint8],
+        *,
+        scale: int = 1,
+        offset: int = 0,
+        step: float = 1.0,
+        lowest: int = 0,
+    ) -> None: ...
+
+class Operation:
+    def __init__(self, name: str, attributes: dict[str, Any]) -> None: ...
+    def __call__(self, inputs: list[Tensor], output: Tensor, parts: int = 1) -> None: ...
+
+def operation_names() -> list[str]: ...

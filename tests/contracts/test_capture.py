@@ -121,7 +121,11 @@ SMALL = {
     "buffers, lists, frozen parameters": (Buffers, (1, 8, 8)),
     "sequential": (sequential, (1, 8, 8)),
 }
-ZOO_SHAPES = {"digits_cnn": (1, 8, 8), "mobilenet_v2": (3, 224, 224)}
+ZOO_SHAPES = {
+    "digits_cnn": (1, 8, 8),
+    "mobilenet_v2": (3, 224, 224),
+    "resnet18_imagenet": (3, 224, 224),
+}
 ZOO = {name: (getattr(zoo, name), ZOO_SHAPES.get(name, (3, 32, 32))) for name in zoo.__all__}
 ODD = {function.__name__: (function, (3, 12, 12)) for function in ODD_NETWORKS}
 QUICK = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -207,3 +208,15 @@ def test_sizes_around_tiles(kernel: str, size: int):
         grids = (narrow, few) if pick.random() < 0.7 else (WEIGHT_GRIDS, INPUT_GRIDS)
         problem = layer(shape, pick.choice(grids[0]), pick.choice(grids[1]), seed=seed)
         check(kernel, problem, rows=pick.choice([None, 1, 3]), channels=64)
+
+
+@every_kernel
+def test_the_cost_of_what_a_kernel_refuses_is_an_error(kernel: str):
+    """Of a codebook, say, with whose step of 0 estimates would divide."""
+    problem = layer(Shape(16, 16, (4, 4)), Codebook(2, (-7, -1, 0, 5)), Uniform(8, False), seed=0)
+    why = _native.refuses(kernel, problem.conv)
+    if why:
+        with pytest.raises(ValueError, match=re.escape(why)):
+            _native.kernel_cost(kernel, problem.conv)
+    else:
+        assert _native.kernel_cost(kernel, problem.conv)[0] > 0

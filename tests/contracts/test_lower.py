@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass
-from functools import lru_cache
-
 import numpy as np
 import pytest
 import torch
@@ -13,22 +9,18 @@ import torch.nn.functional as F
 from safetensors.numpy import load_file
 from torch import nn
 
+from lowered import LARGE, NETWORKS, Forced, Lowered, lowered, quantized
 from mixbits import zoo
 from mixbits.core.cost import COSTS
-from mixbits.core.grid import Codebook, Grid, Uniform, dequantize, quantize
-from mixbits.core.program import Program
+from mixbits.core.grid import Uniform, dequantize, quantize
 from mixbits.graph.quant_graph import QuantGraph, capture, put_
 from mixbits.lower import lower
 from mixbits.pack.artifact import read_program, write_program
 from mixbits.pack.bits import unpack
-from mixbits.quant.observe import Recorder, mse_step
-from mixbits.quant.quantizer import LearnedStep, Quantizer
+from mixbits.quant.quantizer import LearnedStep
 from mixbits.runtime import Executor
 from mixbits.runtime.values import Codes
-from mixbits.zoo.mobilenet import STAGES_32, MobileNet, Stage
-from mixbits.zoo.vgg import STAGES, VGG
-from mixbits.zoo.vit import ViT
-from networks import ODD_NETWORKS, Functional
+from networks import Functional
 
 # Both sides start every site from the same codes, so that only the rounding of one stretch of operations
 # counts. A value of up to 255 steps is off by some units of its last place, 255 * 2**-22 = 6e-5 steps, on
@@ -38,25 +30,6 @@ TIES = 1e-3
 # Relative to the largest logit: a few float32 roundings of 6e-8 after the last site. Measured: 1.1e-7.
 LOGITS = 1e-6
 
-SHORT = tuple(Stage(stage.expand, stage.width // 2, 2, stage.stride) for stage in STAGES_32[1:5])
-REST = {"dropout": 0.2, "num_classes": 10}
-ZOO = {
-    "digits_cnn": ((1, 8, 8), zoo.digits_cnn),
-    "mobilenet_se": ((3, 32, 32), zoo.mobilenet_se),
-    "mobilenet_v2_short": ((3, 32, 32), lambda: MobileNet(SHORT, stem=16, stem_stride=2, head=64, **REST)),
-    "resnet20": ((3, 32, 32), zoo.resnet20),
-    "shared_cnn": ((3, 32, 32), zoo.shared_cnn),
-    "vgg16_narrow": (
-        (3, 32, 32),
-        lambda: VGG(tuple(tuple(width // 8 for width in stage) for stage in STAGES), num_classes=10),
-    ),
-    "vit_short": (
-        (3, 32, 32),
-        lambda: ViT(image=32, patch=4, width=96, depth=2, heads=3, hidden=192, num_classes=10),
-    ),
-}
-LARGE = {"mobilenet_v2_cifar": ((3, 32, 32), zoo.mobilenet_v2_cifar), "vit_tiny": ((3, 32, 32), zoo.vit_tiny)}
-NETWORKS = ZOO | {network.__name__: ((3, 12, 12), network) for network in ODD_NETWORKS} | LARGE
 # Said once by torch where a codebook's activation is a transposed tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")
 every_network = pytest.mark.parametrize(
@@ -72,120 +45,21 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@dataclass(frozen=True)
-class Lowered:
-    graph: QuantGraph
-    program: Program
-    x: np.ndarray  # two samples
+def activations(network: Lowered) -> list[str]:
+    return [site.name for site in network.graph.profile.sites if site.kind == "activation"]
 
 
-@lru_cache
-def lowered(name: str) -> Lowered:
-    shape, network = NETWORKS[name]
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn((2, *shape), generator=generator)
-    graph = quantized(network(), x, generator)
-    return Lowered(graph, lower(graph, about={"network": name}), x.numpy())
-
-
-def quantized(network: nn.Module, x: torch.Tensor, generator: torch.Generator) -> QuantGraph:
-    """The network with random parameters, and a quantizer of random width and fitting step on every site."""
-    randomize_(network, generator)
-    graph = capture(network, x)
-    graph.module.eval()
-    recorders = {site.name: Recorder(1) for site in graph.profile.sites}
-    put_(graph, recorders)
-    with torch.no_grad():
-        graph(x)
-    draw, placed = random.Random(0), {}
-    for site in graph.profile.sites:
-        if site.kind == "weight":
-            grid, weight = draw_grid(draw, signed=True), graph.weight(site.name).detach()
-            step = mse_step(weight.flatten(1)[:, :32], grid)  # of part of a row: quick, and clips the rest
-            if draw.random() < 0.2:  # one step for the whole tensor
-                step = step.mean()
-            step = step.reshape(-1, *(1,) * (weight.dim() - 1)) if step.dim() else step
-        else:
-            grid = draw_grid(draw, signed=site.signed)
-            step = mse_step(recorders[site.name].values()[None, ::16], grid)[0]
-        placed[site.name] = LearnedStep(grid, step, shared_by=site.elements)
-    put_(graph, placed)
-    graph.module.eval()
-    return graph
-
-
-@torch.no_grad()
-def randomize_(network: nn.Module, generator: torch.Generator) -> None:
-    for name, parameter in network.named_parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(0, (1.5 / parameter[0].numel()) ** 0.5, generator=generator)
-        elif name.endswith("bias"):
-            parameter.normal_(0, 0.1, generator=generator)
-        else:
-            parameter.uniform_(0.5, 1.5, generator=generator)
-    for name, buffer in network.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.normal_(0, 0.1, generator=generator)
-        if name.endswith("running_var"):
-            buffer.uniform_(0.5, 1.5, generator=generator)
-
-
-def draw_grid(draw: random.Random, *, signed: bool) -> Grid:
-    bits = draw.randint(2, 8)
-    form = draw.choice(("full", "full", "narrow", "bipolar", "codebook"))
-    if form == "codebook":
-        top = min(bits, 7)
-        powers = tuple(2**i for i in range(min(top, 2 ** (bits - 1))))
-        return Codebook(bits, (*(-p for p in reversed(powers)), *powers) if signed else (0, *powers[:3]))
-    return Uniform(bits, signed, form if signed else "full")
-
-
-class Forced(torch.fx.Interpreter):
-    """The fake-quantized network in float64, whose every site goes on with the program's codes.
-
-    ``differing`` counts, by site, the codes that were not the program's before that.
-    """
-
-    def __init__(self, lowered: Lowered) -> None:
-        graph = lowered.graph.copy()
-        super().__init__(graph.module.double())
-        self.program = lowered.program
-        self.trace = Executor(lowered.program).trace(lowered.x)
-        self.frozen = {site: quantizer.freeze() for site, quantizer in lowered.graph.quantizers.items()}
-        self.differing: dict[str, int] = {}
-        self.sizes: dict[str, int] = {}
-
-    def call_module(self, target, args, kwargs):
-        value = super().call_module(target, args, kwargs)
-        if not isinstance(self.module.get_submodule(str(target)), Quantizer):
-            return value
-        site = target.removeprefix("quantizers.").replace(":", ".")
-        grid, step = self.frozen[site].grid, self.frozen[site].step.numpy()
-        if site in self.program.weights:
-            step = step.reshape(-1, *(1,) * (value.dim() - 1))
-            packed = self.program.weights[site]
-            codes = unpack(packed.packed, grid.bits, value.numel()).reshape(packed.shape)
-            levels = np.asarray(grid.levels)[codes]
-        else:
-            codes = self.trace[f"{site}@quantized"]
-            assert isinstance(codes, Codes)
-            levels = codes.levels
-        ours, theirs = np.searchsorted(grid.levels, levels), code_of(value.numpy() / step, grid)
-        assert np.abs(ours - theirs).max() <= 1, f"{site}: codes differ by more than one level"
-        self.differing[site], self.sizes[site] = int((ours != theirs).sum()), ours.size
-        return torch.from_numpy(levels * step.astype(np.float64))
-
-
-def code_of(levels: np.ndarray, grid: Grid) -> np.ndarray:
-    """Codes of values that are levels but for rounding."""
-    middle = (np.asarray(grid.levels)[1:] + np.asarray(grid.levels)[:-1]) / 2
-    return np.searchsorted(middle, levels)
+def levels_at(trace, site: str) -> np.ndarray:
+    codes = trace[f"{site}@quantized"]
+    assert isinstance(codes, Codes)
+    return codes.levels
 
 
 @every_network
 def test_program_computes_what_the_fake_quantized_network_computes(name):
     network = lowered(name)
-    forced = Forced(network)
+    trace = Executor(network.program).trace(network.x)
+    forced = Forced(network, {site: levels_at(trace, site) for site in activations(network)})
     with torch.no_grad():
         expected = forced.run(torch.from_numpy(network.x).double()).numpy()
     allowed = {site: 1 + TIES * size for site, size in forced.sizes.items()}

@@ -12,7 +12,7 @@ import pytest
 from mixbits.core.budget import budget_points
 from mixbits.data.dataset import ArraySamples, Dataset
 from mixbits.fit.matrix import compared_methods, epoch_split, float_recipe, matrix_of, matrix_recipe
-from mixbits.fit.recipe import own_entries, recipe_from_dict, signature
+from mixbits.fit.recipe import own_entries, recipe_from_dict, to_dict
 from mixbits.fit.table import comparison_table
 from mixbits.methods import find_methods
 from mixbits.report.comparison import build_comparison, rows
@@ -109,8 +109,8 @@ def test_cells_of_a_seed_differ_in_method_and_budget_only_and_their_float_networ
             assert getattr(cell.recipe, name) == getattr(first, name)
         assert not cell.recipe.baseline
     other = recipe(options={"budgets": "weights=5bit", "seeds": 1})
-    assert signature(float_recipe(asked, 0)) == signature(float_recipe(other, 0))
-    assert signature(float_recipe(asked, 0)) != signature(float_recipe(asked, 1))
+    assert to_dict(float_recipe(asked, 0)) == to_dict(float_recipe(other, 0))
+    assert to_dict(float_recipe(asked, 0)) != to_dict(float_recipe(asked, 1))
 
 
 def test_one_recipe_file_may_hold_the_options_of_many_methods_and_commands():

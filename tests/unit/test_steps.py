@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mixbits.core.grid import Uniform
 from mixbits.graph.quant_graph import QuantGraph, capture, put_
 from mixbits.quant.quantizer import LearnedStep
 from mixbits.train.checkpoint import Checkpoint
+from mixbits.train.randomness import random_states, set_random_states
 from mixbits.train.steps import DivergedError, Loop, learning_rate_factor, steps
 from mixbits.train.task import Task, make_task
 
@@ -52,19 +54,23 @@ def array_task(**options) -> Task:
     return make_task(images(BATCHES * 6), images(9), held_out=images(7), batch_size=6, **options)
 
 
-def loader_task() -> Task:
-    """A shuffling ``DataLoader`` whose data set augments with torch's random numbers."""
+def loader_task(generator: torch.Generator | None = None) -> Task:
+    """A shuffling ``DataLoader`` whose data set augments with the random numbers of three libraries."""
 
     class Noisy(TensorDataset):
         def __getitem__(self, index: int) -> tuple[Tensor, ...]:
             inputs, targets = super().__getitem__(index)
-            return inputs + 0.1 * torch.randn(inputs.shape), targets
+            amount = random.random() * np.random.rand()  # noqa: NPY002  what users' data sets do
+            return inputs + amount * torch.randn(inputs.shape), targets
 
     def loader(count: int, *, shuffle: bool) -> DataLoader[Any]:
         inputs, targets = images(count)
         kind = Noisy if shuffle else TensorDataset
         return DataLoader(
-            kind(torch.from_numpy(inputs), torch.from_numpy(targets)), batch_size=6, shuffle=shuffle
+            kind(torch.from_numpy(inputs), torch.from_numpy(targets)),
+            batch_size=6,
+            shuffle=shuffle,
+            generator=generator if shuffle else None,
         )
 
     return make_task(loader(BATCHES * 6, shuffle=True), loader(9, shuffle=False), loader(7, shuffle=False))
@@ -124,12 +130,28 @@ def run(
     seed: int = 0,
     stop_after: int = 0,
 ) -> Run:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    before = random_states()
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.set_state(np.random.RandomState(seed).get_state())  # noqa: NPY002
+    try:
         return Run(captured, task, checkpoint, stop_after)
+    finally:
+        set_random_states(before)
 
 
-TASKS = {"arrays": array_task, "DataLoader": loader_task}
+def elsewhere() -> torch.Generator:
+    """A generator that stands somewhere else each time."""
+    generator = torch.Generator()
+    generator.seed()
+    return generator
+
+
+TASKS = {
+    "arrays": array_task,
+    "DataLoader": loader_task,
+    "DataLoader with a generator": lambda: loader_task(elsewhere()),
+}
 
 
 @pytest.mark.parametrize("make", TASKS.values(), ids=TASKS)
@@ -224,10 +246,32 @@ def test_without_any_readable_checkpoint_the_stage_starts_again_and_says_so(capt
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(captured, tmp_path):
-    run(captured, array_task(), Checkpoint(tmp_path / "learn.pt", signature="lr=0.1"))
+    run(captured, array_task(), Checkpoint(tmp_path / "learn.pt", signature={"lr": 0.1, "seed": 0}))
 
-    with pytest.raises(ValueError, match=r"learn\.pt belongs to another network, data set or recipe"):
-        run(captured, array_task(), Checkpoint(tmp_path / "learn.pt", signature="lr=0.2"))
+    with pytest.raises(
+        ValueError, match=r"learn\.pt belongs to another run: lr is 0\.1 there and 0\.2 here; resume"
+    ):
+        run(captured, array_task(), Checkpoint(tmp_path / "learn.pt", signature={"lr": 0.2, "seed": 0}))
+
+
+def test_a_checkpoint_of_another_loop_is_refused_and_what_differs_is_said(captured, tmp_path):
+    run(captured, array_task(), Checkpoint(tmp_path / "learn.pt"))
+    network = captured.copy()
+    put_(network, {"5.weight": LearnedStep(Uniform(3, signed=True), torch.tensor(0.1), shared_by=192)})
+
+    def refusal(graph: QuantGraph, task: Task, optimizer: torch.optim.Optimizer, **options: Any) -> str:
+        loop = Loop("learn", checkpoint=Checkpoint(tmp_path / "learn.pt"))
+        with pytest.raises(ValueError, match="belongs to another run") as refused:
+            next(steps(graph, task, optimizer, loop, **{"epochs": EPOCHS} | options))
+        return str(refused.value)
+
+    plain = captured.copy()
+    assert "the network is " in refusal(network, array_task(), sgd(network))
+    fewer = make_task(images(BATCHES * 3), images(9), held_out=images(7), batch_size=6)
+    assert "batches of an epoch is 4 there and 2 here" in refusal(plain, fewer, sgd(plain))
+    assert "epochs is 2 there and 3 here" in refusal(plain, array_task(), sgd(plain), epochs=3)
+    faster = torch.optim.SGD(plain.module.parameters(), lr=0.2, momentum=0.9, weight_decay=1e-3)
+    assert "'initial_lr': 0.2" in refusal(plain, array_task(), faster)
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_error_that_names_it(captured, tmp_path):
@@ -235,8 +279,34 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_that_names_it(captured,
         run(captured, array_task(), Checkpoint(tmp_path / "nowhere" / "learn.pt"))
 
 
+def test_a_disk_that_fills_up_loses_nothing_that_was_saved(captured, tmp_path):
+    whole = run(captured, array_task())
+    unfinished = tmp_path / ".learn.pt.tmp"
+
+    class Filling(Checkpoint):
+        """From the sixth save on, the file is written to a device that is full."""
+
+        saves = 0
+
+        def save(self, state: Mapping[str, Any]) -> None:
+            self.saves += 1
+            if self.saves == 6:
+                unfinished.symlink_to("/dev/full")
+            super().save(state)
+
+    with pytest.raises(
+        OSError, match=r"No space left on device.*free some disk space and go on with --resume"
+    ):
+        run(captured, array_task(), Filling(tmp_path / "learn.pt", every_seconds=0))
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["learn.previous.pt", "learn.pt"]
+    resumed = run(captured, array_task(), Checkpoint(tmp_path / "learn.pt"), seed=1)
+    assert resumed.notes == [{"stage": "learn", "resumed_step": 5}]
+    assert same(resumed.state(), whole.state())
+
+
 def test_saving_keeps_one_file_before_the_newest_and_no_temporary_one(tmp_path: Path):
-    checkpoint = Checkpoint(tmp_path / "learn.pt", "recipe")
+    checkpoint = Checkpoint(tmp_path / "learn.pt", {"seed": 0})
     for count in range(3):
         checkpoint.save({"count": count})
 
@@ -259,8 +329,8 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_checkpoint
     ):
         run(captured, array_task(loss=loss), Checkpoint(tmp_path / "learn.pt", every_seconds=0))
 
-    state, note = Checkpoint(tmp_path / "learn.pt").load()
-    assert (state["epoch"], state["first"], note) == (1, 2, "")
+    state = torch.load(tmp_path / "learn.pt", weights_only=True)["state"]
+    assert (state["epoch"], state["first"]) == (1, 2)
     assert all(torch.isfinite(value).all() for value in state["module"].values())
 
 
@@ -274,7 +344,12 @@ def test_a_penalty_that_is_infinite_stops_the_run_before_the_update(captured):
     with pytest.raises(DivergedError, match="epoch 1, batch 1"):
         list(
             steps(
-                graph, array_task(), sgd(graph), Loop(), epochs=1, penalty=lambda: torch.tensor(float("inf"))
+                graph,
+                array_task(),
+                sgd(graph),
+                Loop(),
+                epochs=1,
+                penalty=lambda loss: torch.tensor(float("inf")),
             )
         )
 
@@ -305,7 +380,7 @@ def test_a_penalty_is_added_to_the_loss(captured):
     step = graph.quantizers["2/relu"].step
     plain = captured.copy()
     losses = {}
-    for name, network, penalty in (("plain", plain, None), ("penalty", graph, lambda: 3.0 * step)):
+    for name, network, penalty in (("plain", plain, None), ("penalty", graph, lambda loss: 3.0 * step)):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             first = next(steps(network, array_task(), sgd(network), Loop(), epochs=1, penalty=penalty))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from mixbits.train.randomness import random_states
 from mixbits.train.task import Batches, LoaderBatches, TwoHalves, make_task
 
 SAMPLES, BATCH = 48, 5
@@ -82,7 +83,7 @@ def test_an_epoch_goes_on_from_any_pair(make, first):
     with torch.random.fork_rng(devices=[]):
         for batch in halves.epoch(3):
             whole.append((batch[0], halves.other[0]))
-            states.append(torch.get_rng_state())
+            states.append(random_states())
 
         rest = read(TwoHalves(make()), 3, first, states[first - 1])
 

@@ -12,6 +12,7 @@ from mixbits.data import load_digits
 INPUT_SHAPES = dict.fromkeys(zoo.__all__, (3, 32, 32)) | {
     "digits_cnn": (1, 8, 8),
     "mobilenet_v2": (3, 224, 224),
+    "resnet18_imagenet": (3, 224, 224),
 }
 every_network = pytest.mark.parametrize("name", zoo.__all__)
 
@@ -21,6 +22,7 @@ WEIGHTS = {
     "resnet20": 268_336,
     "resnet32": 461_872,
     "resnet56": 848_944,
+    "resnet18_imagenet": 11_678_912,
     "resnet18": 11_678_912 - (49 - 9) * 3 * 64 - 990 * 512,
     "vgg16_bn": 14_710_464 + 512 * 10,
     "mobilenet_v2": 3_469_760,
@@ -29,8 +31,14 @@ WEIGHTS = {
     "digits_cnn": 9 * (16 + 2 * 16 * 16 + 16 * 32 + 32 * 32) + 32 * 10,
 }
 
-# All parameters: torchvision's MobileNetV2; He et al.'s ResNet-20 (0.27M); the usual ResNet-18 for CIFAR.
-PARAMETERS = {"mobilenet_v2": 3_504_872, "resnet20": 269_722, "resnet18": 11_173_962}
+# All parameters: torchvision's MobileNetV2 and ResNet-18; He et al.'s ResNet-20 (0.27M); the usual ResNet-18
+# for CIFAR.
+PARAMETERS = {
+    "mobilenet_v2": 3_504_872,
+    "resnet18_imagenet": 11_689_512,
+    "resnet20": 269_722,
+    "resnet18": 11_173_962,
+}
 
 DIGITS_EPOCHS = 15
 DIGITS_TOP1 = 0.97  # four seeds gave 98.9 %; 1.5 % of 360 images are 5
@@ -153,15 +161,37 @@ def test_mobilenet_has_the_keys_of_torchvision(key, shape):
 
 
 @pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("conv1.weight", (64, 3, 7, 7)),
+        ("bn1.running_var", (64,)),
+        ("layer1.0.conv1.weight", (64, 64, 3, 3)),
+        ("layer2.0.downsample.0.weight", (128, 64, 1, 1)),
+        ("layer2.0.downsample.1.bias", (128,)),
+        ("layer4.1.bn2.running_mean", (512,)),
+        ("fc.weight", (1000, 512)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_resnet18_for_imagenet_has_the_keys_of_torchvision(key, shape):
+    state = zoo.resnet18_imagenet().state_dict()
+
+    assert tuple(state[key].shape) == shape
+    # 20 convolutions, 20 batch norms of five tensors, weight and bias of the classifier.
+    assert len(state) == 122
+
+
+@pytest.mark.parametrize(
     ("name", "module", "size"),
     [
         ("resnet18", "layer4", 4),
+        ("resnet18_imagenet", "layer4", 7),
         ("mobilenet_v2", "features", 7),
         ("mobilenet_v2_cifar", "features", 4),
         ("mobilenet_se", "features", 4),
         ("vgg16_bn", "features", 1),
     ],
-    ids=["resnet18", "mobilenet_v2", "mobilenet_v2_cifar", "mobilenet_se", "vgg16_bn"],
+    ids=["resnet18", "resnet18_imagenet", "mobilenet_v2", "mobilenet_v2_cifar", "mobilenet_se", "vgg16_bn"],
 )
 def test_last_feature_map_has_its_size(name, module, size):
     network = getattr(zoo, name)().eval()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from mixbits.cli.session import run_stages
+from mixbits.cli.session import Session, run_stages
 from mixbits.fit.recipe import read_toml, recipe_from_dict
 
 RECIPE = Path(__file__).with_name("demo.toml")
@@ -24,4 +24,4 @@ class Demo:
 def main(arguments: list[str]) -> None:
     """Fit the demo's recipe."""
     chosen = tyro.cli(Demo, prog="mixbits demo", args=arguments)
-    run_stages(recipe_from_dict(read_toml(RECIPE), str(RECIPE)), chosen.out, resume=chosen.resume)
+    run_stages(recipe_from_dict(read_toml(RECIPE), str(RECIPE)), Session(chosen.out, chosen.resume))

@@ -14,6 +14,5 @@ ABOUT = (
 
 def main(arguments: list[str]) -> None:
     """Parse the options and run every stage that is not done yet."""
-    recipe, out, resume = parse_recipe("fit", ABOUT, arguments)
-    run_stages(recipe, out, resume=resume)
+    run_stages(*parse_recipe("fit", ABOUT, arguments))
     sys.stdout.flush()

@@ -21,6 +21,7 @@ COMMANDS = {
     "finetune": "only train at the widths of a policy",
     "lower": "only pack the trained network: model.mixbits",
     "run": "run a packed model on data, without torch",
+    "export": "write a packed model as ONNX or QONNX",
     "bench": "time every kernel beside the ceiling of its instructions",
     "report": "write the page of a run, a comparison or a sweep",
     "methods": "list the methods that learn widths",

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any
 
 import tyro
 
+from mixbits.cli.session import Session
 from mixbits.fit.matrix import OPTIONS, Command, compared_methods, matrix_recipe
 from mixbits.fit.recipe import AnyRecipe, Recipe, own_entries, read_toml, recipe_from_dict, to_dict
+from mixbits.fit.watching import Name
+
+WATCH = Annotated[tuple[Name, ...], tyro.conf.arg(help="where metrics go besides metrics.jsonl")]
 
 
-def parse_recipe(command: str, about: str, arguments: list[str]) -> tuple[AnyRecipe, Path, bool]:
-    """The recipe (options given here win over the TOML file), the run's folder, and whether to resume."""
+def parse_recipe(command: str, about: str, arguments: list[str]) -> tuple[AnyRecipe, Session]:
+    """The recipe (options given here win over the TOML file) and how it is run."""
     toml, entries = _entries(arguments)
     entries = own_entries(entries, [entries["method"]])
     base = recipe_from_dict(entries, toml or "options")
-    chosen, out, resume = _parse(command, about, arguments, base, toml=toml, out="fit")
-    return recipe_from_dict(to_dict(chosen), "options"), out, resume
+    recipe, chosen = _parse(
+        command, about, arguments, base, toml=toml, out="fit", more=(("watch", WATCH, ()),)
+    )
+    session = Session(chosen.out, chosen.resume, chosen.watch)
+    return recipe_from_dict(to_dict(recipe), "options"), session
 
 
-def parse_matrix(command: Command, about: str, arguments: list[str]) -> tuple[AnyRecipe, Path, bool]:
+def parse_matrix(command: Command, about: str, arguments: list[str]) -> tuple[AnyRecipe, Session]:
     """The same for a matrix of runs: the options of all its methods, and of the command without a prefix."""
     toml, entries = _entries(arguments)
     methods = (str(entries["method"]),)
@@ -33,10 +39,17 @@ def parse_matrix(command: Command, about: str, arguments: list[str]) -> tuple[An
     entries = own_entries(entries, [*methods, entries["method"]], [command])
     base = matrix_recipe(command, entries, methods, toml or "options")
     kind = Annotated[OPTIONS[command], tyro.conf.arg(name="")]
-    chosen, out, resume = _parse(
-        command, about, arguments, base, toml=toml, out=command, retyped={command: kind}
+    recipe, chosen = _parse(
+        command,
+        about,
+        arguments,
+        base,
+        toml=toml,
+        out=command,
+        more=((command, kind, getattr(base, command)),),
     )
-    return matrix_recipe(command, to_dict(chosen), methods, "options"), out, resume
+    recipe = matrix_recipe(command, to_dict(recipe), methods, "options")
+    return recipe, Session(chosen.out, chosen.resume)
 
 
 def _entries(arguments: list[str]) -> tuple[str, dict[str, Any]]:
@@ -56,18 +69,19 @@ def _parse(
     *,
     toml: str,
     out: str,
-    retyped: Mapping[str, Any] = MappingProxyType(
-        {}
-    ),  # fields of the recipe that the command line shows in another way
-) -> tuple[AnyRecipe, Path, bool]:
-    """``base`` with what the command line says, the folder, and whether to resume."""
+    more: Sequence[tuple[str, Any, Any]] = (),
+) -> tuple[AnyRecipe, Any]:
+    """``base`` with what the command line says, and all that it says.
+
+    ``more``: further options, or options of the recipe that are shown in another way; name, type, default.
+    """
     kind = dataclasses.make_dataclass(
         "Options",
         [
             ("toml", Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE.toml")], ""),
             ("out", Annotated[Path, tyro.conf.arg(help="folder of the run")], Path("runs") / out),
             ("resume", Annotated[bool, tyro.conf.arg(help="go on with the run in that folder")], False),
-            *((name, shown, getattr(base, name)) for name, shown in retyped.items()),
+            *more,
         ],
         bases=(type(base),),
         frozen=True,
@@ -75,7 +89,7 @@ def _parse(
     start = kind(**{f.name: getattr(base, f.name) for f in dataclasses.fields(base)}, toml=toml)
     chosen: Any = tyro.cli(kind, prog=f"mixbits {command}", description=about, args=arguments, default=start)
     recipe = type(base)(**{f.name: getattr(chosen, f.name) for f in dataclasses.fields(base)})
-    return recipe, chosen.out, chosen.resume
+    return recipe, chosen
 
 
 def _given(arguments: list[str], option: str) -> str:

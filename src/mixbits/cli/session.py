@@ -7,16 +7,18 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import torch
 
 from mixbits.cli.progress import progress
-from mixbits.fit.recipe import AnyRecipe
-from mixbits.fit.stages import STAGES, Run, start
+from mixbits.fit.recipe import AnyRecipe, flat, to_dict
+from mixbits.fit.stages import STAGES, Run, opened
 from mixbits.fit.summary import write_summary
 from mixbits.fit.table import table
+from mixbits.fit.watching import Name, Row, Watch, watching
 from mixbits.report import build_report
 
 WORDS = {
@@ -51,14 +53,30 @@ def stop_on_interrupt(also: Callable[[], None] = lambda: None) -> Iterator[threa
         signal.signal(signal.SIGINT, before)
 
 
-def run_stages(recipe: AnyRecipe, out: Path, *, resume: bool, stages: Iterable[str] = tuple(STAGES)) -> None:
+@dataclass(frozen=True)
+class Session:
+    """What is no part of a recipe: where a run is kept, whether it goes on, and who watches."""
+
+    out: Path
+    resume: bool
+    watch: tuple[Name, ...] = ()
+
+
+def run_stages(recipe: AnyRecipe, session: Session, stages: Iterable[str] = tuple(STAGES)) -> None:
     """Run stages that are not done yet; after all of them write summary and report, and print the table."""
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    with stop_on_interrupt() as stop, progress() as watch:
+    out = session.out
+    with stop_on_interrupt() as stop, progress() as show:
+        watchers: list[Watch] = [show]
+
+        def watch(row: Row) -> None:
+            for each in watchers:
+                each(row)
+
         run = Run(recipe, out, watch, stop)
-        start(run, resume=resume)
-        with run.folder.locked():
+        with opened(run, resume=session.resume), watching(session.watch, out, flat(to_dict(recipe))) as also:
+            watchers.append(also)
             try:
                 for stage in stages:
                     if not run.done(stage):

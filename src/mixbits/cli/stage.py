@@ -8,10 +8,11 @@ from pathlib import Path
 import tyro
 
 from mixbits.cli.options import parse_recipe
-from mixbits.cli.session import run_stages
+from mixbits.cli.session import Session, run_stages
 from mixbits.core.policy import read_policy
 from mixbits.fit.folder import RunFolder
 from mixbits.fit.recipe import recipe_from_dict
+from mixbits.fit.watching import Name
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Existing:
 
     out: Path  # folder of the run
     policy: Path | None = None  # train at this policy instead of the folder's
+    watch: tuple[Name, ...] = ()  # where metrics go besides metrics.jsonl
 
 
 def run_stage(command: str, about: str, stages: tuple[str, ...], arguments: list[str]) -> None:
@@ -27,15 +29,15 @@ def run_stage(command: str, about: str, stages: tuple[str, ...], arguments: list
     if any(word in ("-h", "--help") for word in arguments) or any(
         word.endswith(".toml") for word in arguments
     ):
-        recipe, out, resume = parse_recipe(command, about, arguments)
-        run_stages(recipe, out, resume=resume, stages=stages)
+        run_stages(*parse_recipe(command, about, arguments), stages)
         return
     chosen = tyro.cli(Existing, prog=f"mixbits {command}", description=about, args=arguments)
     folder = RunFolder(chosen.out)
     recipe = recipe_from_dict(folder.read_json("recipe.json"), str(folder / "recipe.json"))
     if chosen.policy is not None:
-        _use_policy(folder, chosen.policy)
-    run_stages(recipe, chosen.out, resume=True, stages=stages)
+        with folder.locked():
+            _use_policy(folder, chosen.policy)
+    run_stages(recipe, Session(chosen.out, resume=True, watch=chosen.watch), stages)
 
 
 def _use_policy(folder: RunFolder, policy: Path) -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -25,12 +26,13 @@ from joblib.externals.loky.process_executor import BrokenProcessPool
 import mixbits
 from mixbits.fit.folder import RunFolder
 from mixbits.fit.matrix import Cell, Matrix, float_recipe
-from mixbits.fit.recipe import AnyRecipe, method_of, recipe_from_dict, to_dict
-from mixbits.fit.stages import STAGES, Row, Run, start
+from mixbits.fit.recipe import AnyRecipe, flat, method_of, recipe_from_dict, to_dict
+from mixbits.fit.stages import STAGES, Row, Run, check, opened
 from mixbits.fit.summary import machine
 from mixbits.fit.weights import read_tensors
 from mixbits.methods import method_named
 from mixbits.report.matrix import front
+from mixbits.train.checkpoint import differences
 
 FLOAT = ("float",)
 TRAINED = (*FLOAT, "learn", "finetune")
@@ -52,10 +54,11 @@ class Outcome:
     trace: str = ""  # of an error that is not the user's
 
 
-def start_matrix(matrix: Matrix, path: Path, *, resume: bool) -> Run:
-    """Check everything that can be checked before work begins, then make or reopen the folder.
+@contextmanager
+def opened_matrix(matrix: Matrix, path: Path, *, resume: bool) -> Iterator[Run]:
+    """Check everything that can be checked before work begins, then hold the folder, made or reopened.
 
-    Returns the run of the first float network, which knows the data set and the sites.
+    Gives the run of the first float network, which knows the data set and the sites.
     """
     folder = RunFolder(path)
     if not resume and path.exists() and any(path.iterdir()):
@@ -65,11 +68,12 @@ def start_matrix(matrix: Matrix, path: Path, *, resume: bool) -> Run:
             )
         raise ValueError(f"{path} exists and is not empty; choose another --out")
     for cell, recipe in [*_floats(matrix), *((cell.name, cell.recipe) for cell in matrix.cells)]:
-        if (path / cell / "recipe.json").exists() and RunFolder(path / cell).read_json(
-            "recipe.json"
-        ) != to_dict(recipe):
+        if not (path / cell / "recipe.json").exists():
+            continue
+        other = differences(flat(RunFolder(path / cell).read_json("recipe.json")), flat(to_dict(recipe)))
+        if other:
             raise ValueError(
-                f"{path / cell} was started with other options (see its recipe.json); resume with the same "
+                f"{path / cell} was started with other options: {other}; resume with the same "
                 "ones, delete that folder to run it again, or choose another --out"
             )
     first, recipe = _floats(matrix)[0]
@@ -78,10 +82,13 @@ def start_matrix(matrix: Matrix, path: Path, *, resume: bool) -> Run:
         next(cell for cell in matrix.cells if cell.budget == budget).recipe.target().choices(
             run.graph.profile
         )
-    start(run, resume=True)
-    (path / STOP).unlink(missing_ok=True)
-    folder.write_json("matrix.json", to_dict(matrix.recipe))
-    return run
+    check(run, resume=True)
+    with folder.locked():
+        (path / STOP).unlink(missing_ok=True)
+        folder.write_json("matrix.json", to_dict(matrix.recipe))
+        with opened(run, resume=True):
+            pass
+        yield run
 
 
 def run_matrix(
@@ -182,8 +189,7 @@ def run_cell(
 
     try:
         run = Run(recipe_from_dict(entries, name), root / name, look, stop)
-        start(run, resume=True)
-        with run.folder.locked():
+        with opened(run, resume=True):
             if shared:
                 _adopt_float_(run, RunFolder(root / shared))
             for stage in stages:
@@ -203,7 +209,7 @@ def run_cell(
 
 
 def collect(matrix: Matrix, path: Path, outcomes: dict[str, Outcome], run: Run) -> Path:
-    """Write what the cells reached to the matrix's JSON file; ``run`` is what :func:`start_matrix` gave."""
+    """Write what the cells reached to the matrix's JSON file; ``run`` is what :func:`opened_matrix` gave."""
     folder = RunFolder(path)
     seeds = [seed for seed in matrix.seeds if _done(path / _float_name(seed), "float")]
     floats = [{"seed": seed, **_network(path / _float_name(seed), "float")} for seed in seeds]

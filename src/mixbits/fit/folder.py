@@ -11,6 +11,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from mixbits.core.files import whole_file
+
 
 class RunFolder:
     """Paths and whole-file writes of one run."""
@@ -24,6 +26,7 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder; a second process gets an error instead of a mess."""
+        self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self / ".lock")
         try:
             lock.acquire(timeout=0)
@@ -41,18 +44,9 @@ class RunFolder:
         self.write_bytes(name, (json.dumps(value, indent=1) + "\n").encode())
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """Write bytes to a temporary file, flush to disk, rename."""
-        target = self / name
-        temporary = target.with_name(f".{target.name}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        """Write bytes so that the file is whole or not there."""
+        with whole_file(self / name, alone=True) as file:
+            file.write(content)
 
     def read_json(self, name: str) -> Any:
         """Parsed JSON of a file of this folder; errors name it."""
@@ -80,6 +74,8 @@ class RunFolder:
         self.write_bytes("metrics.jsonl", "".join(line + "\n" for line in kept).encode())
 
     def append_row(self, row: Mapping[str, Any]) -> None:
-        """Add a line to ``metrics.jsonl``."""
+        """Add a line to ``metrics.jsonl``, on the disk before the checkpoint that comes after it."""
         with (self / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import tomllib
 import typing
@@ -158,9 +157,16 @@ def to_dict(recipe: AnyRecipe) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
 
 
-def signature(recipe: AnyRecipe) -> str:
-    """A name for everything that decides a run's result."""
-    return hashlib.sha256(json.dumps(to_dict(recipe), sort_keys=True).encode()).hexdigest()[:16]
+def flat(entries: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options of nested tables by the names that the command line gives them.
+
+    >>> flat({"seed": 0, "finetune": {"lr": 0.1}})
+    {'seed': 0, 'finetune.lr': 0.1}
+    """
+    options: dict[str, Any] = {}
+    for name, value in entries.items():
+        options |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return options
 
 
 def build(kind: type, entries: dict[str, Any], where: str) -> Any:

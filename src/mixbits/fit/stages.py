@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ from mixbits.core.policy import Policy, policy_from_json
 from mixbits.data.dataset import Dataset, with_normalization
 from mixbits.data.open import open_dataset
 from mixbits.fit.folder import RunFolder
-from mixbits.fit.recipe import AnyRecipe, method_of, signature, to_dict
+from mixbits.fit.recipe import AnyRecipe, flat, method_of, recipe_from_dict, to_dict
+from mixbits.fit.watching import kept
 from mixbits.fit.weights import load_weights_, read_tensors, write_tensors
 from mixbits.graph.quant_graph import QuantGraph, capture
 from mixbits.lower.lower import lower
@@ -35,7 +38,7 @@ from mixbits.runtime.executor import Executor
 from mixbits.runtime.latency import here, predicted_ms
 from mixbits.runtime.steps import speed
 from mixbits.train.calibrate import calibrate, calibration_images, observe_float
-from mixbits.train.checkpoint import Checkpoint
+from mixbits.train.checkpoint import Checkpoint, differences, fingerprint
 from mixbits.train.finetune import OBSERVED_BATCHES, finetune, restore_policy
 from mixbits.train.method import Method, learn
 from mixbits.train.norms import reestimate_batch_norm_
@@ -43,6 +46,7 @@ from mixbits.train.steps import Loop, steps
 from mixbits.train.task import Task, evaluate, task_of
 
 Row = Mapping[str, Any]
+SEEN = 64  # samples of each part of the data that a checkpoint remembers
 # What a run that was killed before it wrote its recipe may have left.
 BEGUN = {
     *(".lock", "stages", "checkpoints", "metrics.jsonl", ".metrics.jsonl.tmp"),
@@ -138,11 +142,28 @@ class Run:
             )
         return self.folder.read_json(f"stages/{stage}.json")
 
-    def loop(self, stage: str) -> Loop:
-        """How this run's loops train, with the stage's checkpoint."""
+    @cached_property
+    def contents(self) -> str:
+        """What tells this data set from another of the same name: its sizes, targets and some samples."""
+        parts = self.dataset.train, self.dataset.test
+        samples = [part.take(np.linspace(0, len(part) - 1, SEEN).astype(int)) for part in parts]
+        marks = [array for part, (x, y) in zip(parts, samples, strict=True) for array in (part.targets, x, y)]
+        return f"{len(parts[0])} + {len(parts[1])} samples, {fingerprint(*marks)}"
+
+    def loop(self, stage: str, policy: Policy | None = None) -> Loop:
+        """How this run's loops train, with the stage's checkpoint; it goes on for the same run only.
+
+        ``policy`` is the one that the stage trains at.
+        """
         recipe = self.recipe
         path = self.folder / "checkpoints" / f"{stage}.pt"
-        checkpoint = Checkpoint(path, signature(recipe), stop=self.stop)
+        signature = {
+            **flat(to_dict(recipe)),
+            "the float network": fingerprint(*self.graph.module.state_dict().values()),
+            "the data": self.contents,
+            "the policy": fingerprint(json.dumps(policy.to_json())) if policy else None,
+        }
+        checkpoint = Checkpoint(path, signature, stop=self.stop)
         self._began[stage] = time.monotonic()
         torch.manual_seed(recipe.seed)
         return Loop(stage, self.device, recipe.compile, recipe.bf16, checkpoint, self.watch)
@@ -151,7 +172,7 @@ class Run:
         """Keep a row of metrics and hand it on."""
         if "resumed_step" in row:
             self.folder.keep_rows(row["stage"], row["resumed_step"])
-        elif "avg_weight_bits" in row or row.get("ends_epoch"):
+        elif kept(row):
             began = self._began.get(row["stage"], time.monotonic())
             self.folder.append_row({**row, "seconds": round(time.monotonic() - began, 2)})
         self._tell(row)
@@ -177,9 +198,9 @@ def build_network(spec: str, *, classes: int, weights: str = "") -> nn.Module:
     return model.eval()
 
 
-def start(run: Run, *, resume: bool) -> None:
-    """Check everything that can be checked before work begins, then make or reopen the folder."""
-    path, recipe = run.folder.path, run.recipe
+def check(run: Run, *, resume: bool) -> None:
+    """Check everything that can be checked before work begins; nothing is written."""
+    recipe = run.recipe
     for name in ("network", "data", "budget"):
         if not getattr(recipe, name):
             raise ValueError(f"--{name} is missing; see `mixbits fit --help`")
@@ -203,22 +224,37 @@ def start(run: Run, *, resume: bool) -> None:
     len(run.task.train)  # raises if the training set cannot be split as asked
     if tuple(run.dataset.input_shape) != run.graph.profile.input_shape:
         raise ValueError("the network does not take the data set's input shape")
+    _check_folder(run, resume=resume)
+
+
+def _check_folder(run: Run, *, resume: bool) -> None:
+    path = run.folder.path
     if (path / "recipe.json").exists():
         if not resume:
             raise ValueError(f"{path} already holds a run; go on with --resume, or choose another --out")
-        if run.folder.read_json("recipe.json") != to_dict(recipe):
+        other = differences(flat(run.folder.read_json("recipe.json")), flat(to_dict(run.recipe)))
+        if other:
             raise ValueError(
-                f"{path} was started with other options (see {path / 'recipe.json'}); "
+                f"{path} was started with other options: {other}; "
                 "resume with the same ones, or choose another --out"
             )
-        return
-    if path.exists() and any(entry.name not in BEGUN for entry in path.iterdir()):
+    elif path.exists() and any(entry.name not in BEGUN for entry in path.iterdir()):
         raise ValueError(f"{path} exists and is not the folder of a mixbits run; choose another --out")
-    for folder in (path, path / "stages", path / "checkpoints"):
-        folder.mkdir(parents=True, exist_ok=True)
-    run.folder.write_bytes("metrics.jsonl", b"")  # a run that does not train has no row
-    run.folder.write_json("started.json", time.strftime("%Y-%m-%dT%H:%M:%S"))
-    run.folder.write_json("recipe.json", to_dict(recipe))
+
+
+@contextmanager
+def opened(run: Run, *, resume: bool) -> Iterator[None]:
+    """Check, then hold the run's folder, made or reopened; no other process has it meanwhile."""
+    check(run, resume=resume)
+    with run.folder.locked():
+        _check_folder(run, resume=resume)  # again: another process may have come first
+        for name in ("stages", "checkpoints"):
+            (run.folder / name).mkdir(exist_ok=True)
+        if not (run.folder / "recipe.json").exists():
+            run.folder.write_bytes("metrics.jsonl", b"")  # a run that does not train has no row
+            run.folder.write_json("started.json", time.strftime("%Y-%m-%dT%H:%M:%S"))
+            run.folder.write_json("recipe.json", to_dict(run.recipe))
+        yield
 
 
 def _check_machine(run: Run) -> None:
@@ -357,7 +393,7 @@ def _finetuned(
         policy,
         run.task,
         options,
-        run.loop(stage),
+        run.loop(stage, policy),
         start=start_steps,
         teacher=run.graph if options.distill else None,
         placed=placed,
@@ -373,13 +409,24 @@ def run_policy(run: Run) -> Policy:
     return policy
 
 
+def trained_network(run: Run) -> QuantGraph:
+    """The network as the finetune stage left it, with the quantizers of policy.json, in eval mode."""
+    run.result("finetune")
+    return restore_policy(run.graph, run_policy(run), read_tensors(run.folder / "finetuned.safetensors"))
+
+
+def network_of(path: Path) -> QuantGraph:
+    """The trained network of the run in a folder."""
+    folder = RunFolder(path)
+    recipe = recipe_from_dict(folder.read_json("recipe.json"), str(folder / "recipe.json"))
+    return trained_network(Run(recipe, path, lambda row: None, threading.Event()))
+
+
 def lower_stage(run: Run) -> None:
     """Pack the finetuned network into model.mixbits."""
     if run.done("lower"):
         return
-    run.result("finetune")
-    policy = run_policy(run)
-    network = restore_policy(run.graph, policy, read_tensors(run.folder / "finetuned.safetensors"))
+    network = trained_network(run)
     about = {
         "network": run.recipe.network,
         "method": run.recipe.method,
@@ -401,8 +448,7 @@ def check_stage(run: Run) -> None:
     table = None if run.recipe.latency_elsewhere else run.latency
     threads, tune = (table.threads, table.tuned) if table else (1, False)
     executor = Executor(read_program(run.folder / "model.mixbits"), threads=threads, tune=tune)
-    policy = run_policy(run)
-    network = restore_policy(run.graph, policy, read_tensors(run.folder / "finetuned.safetensors"))
+    network = trained_network(run)
     correct = same = count = 0
     for inputs, targets in run.task.test.epoch(0):
         ran = torch.from_numpy(executor(inputs.numpy())).argmax(-1)
@@ -420,7 +466,7 @@ def check_stage(run: Run) -> None:
         "check",
         {
             **speed(executor, np.resize(images, (batch, *images.shape[1:]))),
-            "predicted_ms": predicted_ms(table, run.graph.profile, policy.bits) if table else None,
+            "predicted_ms": predicted_ms(table, run.graph.profile, run_policy(run).bits) if table else None,
             "top1": 100 * correct / count,
             "images": count,
             "same_prediction_as_training_graph": same,

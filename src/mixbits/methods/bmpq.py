@@ -58,8 +58,9 @@ from mixbits.search.ilp import least_harm
 from mixbits.train.finetune import OBSERVED_BATCHES, Finetune, observe
 from mixbits.train.method import Learned, Method, Target
 from mixbits.train.norms import reestimate_batch_norm_
-from mixbits.train.steps import Loop, Schedule, steps
-from mixbits.train.task import Task
+from mixbits.train.steps import Loop, Schedule
+from mixbits.train.task import Batches, Task
+from mixbits.train.training import Training, drive
 
 Normalizer = Literal["ref_q", "unit", "none", "per_bit", "max_level"]
 Scale = Literal["learned", "max"]
@@ -357,22 +358,22 @@ class BMPQ(Method):
 
     def learn(self, graph: QuantGraph, task: Task, target: Target, loop: Loop) -> Learned:
         """Train, sum the bit gradients, and set all widths anew after each interval."""
+        updates = self.epochs * len(task.train)
+        training = self.begin(graph, task.train, target, updates=updates, device=loop.device)
+        optimizer = torch.optim.SGD(training.groups, lr=self.lr, momentum=self.momentum)
+        return drive(training, task, optimizer, loop, epochs=self.epochs, schedule=self.schedule)
+
+    def begin(
+        self, graph: QuantGraph, batches: Batches, target: Target, *, updates: int, device: torch.device
+    ) -> Training[Learned]:
+        """The same for any loop; an epoch is the ``epochs``-th part of the updates."""
         profile, allowed = graph.profile, target.choices(graph.profile)
         if self.activations == "one_width":
             allowed = one_activation_width(profile, target, allowed)
-        self._place_(graph, task, allowed, loop)
+        self._place_(graph, batches, allowed, device)
         weights = {name: q for name, q in graph.quantizers.items() if isinstance(q, SwitchedWeight)}
         clips = {name: q for name, q in graph.quantizers.items() if isinstance(q, Clipped)}
-        optimizer = torch.optim.SGD(
-            [
-                {"params": graph.network_parameters(), "weight_decay": self.weight_decay},
-                {"params": [q.alpha for q in clips.values()], "weight_decay": self.clip_decay},
-                {"params": [p for q in weights.values() for p in q.parameters()]},
-            ],
-            lr=self.lr,
-            momentum=self.momentum,
-        )
-        sums = Sums(len(weights)).to(loop.device)
+        sums = Sums(len(weights)).to(device)
 
         def by_layer(values: Tensor) -> dict[str, float]:
             return dict(zip(weights, values.tolist(), strict=True))
@@ -391,29 +392,20 @@ class BMPQ(Method):
                 "sensitivity": {} if sums.solved.isnan().any() else by_layer(sums.solved),
             }
 
-        total = self.epochs * len(task.train)
+        epoch = updates / self.epochs
         solve_after = set(
             solving_steps(
-                total,
-                interval=max(round(self.interval * len(task.train)), 1),
-                warmup=round(self.warmup * len(task.train)),
-                freeze=round(self.freeze * total),
+                updates,
+                interval=max(round(self.interval * epoch), 1),
+                warmup=round(self.warmup * epoch),
+                freeze=round(self.freeze * updates),
             )
         )
         reference = max(target.weight_bits)
-        for step in steps(
-            graph,
-            task,
-            optimizer,
-            loop,
-            epochs=self.epochs,
-            schedule=self.schedule,
-            before_update=lambda: sums.add_(self._sensitivities(graph, weights, reference)),
-            measure=measure,
-            keep={"sums": sums},
-        ):
-            if step.epoch * len(task.train) + step.index + 1 not in solve_after:
-                continue
+
+        def set_widths(optimizer: torch.optim.Optimizer, done: int) -> None:
+            if done not in solve_after:
+                return
             solution = solve(
                 profile, target, allowed, by_layer(sums.take_()), concave=self.value == "concave"
             )
@@ -424,8 +416,24 @@ class BMPQ(Method):
                         optimizer.state.pop(parameter, None)  # the momentum of another step
             for name, quantizer in clips.items():
                 quantizer.set_width_(solution[name])
-        frozen = {name: quantizer.freeze() for name, quantizer in graph.quantizers.items()}
-        return Learned(graph, widths(), narrow_grid, frozen, fill=False)
+
+        def conclude() -> Learned:
+            frozen = {name: quantizer.freeze() for name, quantizer in graph.quantizers.items()}
+            return Learned(graph, widths(), narrow_grid, frozen, fill=False)
+
+        return Training(
+            graph,
+            [
+                {"params": graph.network_parameters(), "weight_decay": self.weight_decay},
+                {"params": [q.alpha for q in clips.values()], "weight_decay": self.clip_decay},
+                {"params": [p for q in weights.values() for p in q.parameters()]},
+            ],
+            conclude,
+            on_gradients=lambda: sums.add_(self._sensitivities(graph, weights, reference)),
+            on_update=set_widths,
+            measure=measure,
+            keep={"sums": sums},
+        )
 
     def finetuning(self, options: Finetune) -> Finetune:
         """The user's options, or (``lr_after``) the learning rate at which learning ended."""
@@ -453,15 +461,15 @@ class BMPQ(Method):
         )
         return found / found.sum() if self.layer_share else found
 
-    def _place_(self, graph: QuantGraph, task: Task, allowed: Choices, loop: Loop) -> None:
+    def _place_(self, graph: QuantGraph, batches: Batches, allowed: Choices, device: torch.device) -> None:
         """Quantizers at the widths of the warm-up.
 
         Batch norms that never saw data pass values on unnormalized, and clips that fit those are of no use
         in training; so their statistics are estimated first.
         """
-        graph.module.to(loop.device)
-        reestimate_batch_norm_(graph, task.train, OBSERVED_BATCHES, loop.device)
-        observed = observe(graph, [site.name for site in graph.profile.activations], task.train, loop.device)
+        graph.module.to(device)
+        reestimate_batch_norm_(graph, batches, OBSERVED_BATCHES, device)
+        observed = observe(graph, [site.name for site in graph.profile.activations], batches, device)
         placed: dict[str, Quantizer] = {}
         for site in graph.profile.sites:
             widths = allowed.widths[site.name]

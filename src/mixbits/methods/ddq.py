@@ -46,8 +46,9 @@ from mixbits.quant.quantizer import SMALLEST_STEP, Frozen, LearnedStep, Quantize
 from mixbits.train.finetune import observe
 from mixbits.train.method import Learned, Method, Target, full_grid
 from mixbits.train.penalty import used
-from mixbits.train.steps import Loop, Schedule, steps
-from mixbits.train.task import Task
+from mixbits.train.steps import Loop, Schedule
+from mixbits.train.task import Batches, Task
+from mixbits.train.training import Training, drive
 
 GateGradient = Literal["difference", "constant"]
 
@@ -327,19 +328,23 @@ class DDQ(Method):
 
     def learn(self, graph: QuantGraph, task: Task, target: Target, loop: Loop) -> Learned:
         """Train network, levels and gates together under the limits as factors of the loss."""
+        updates = self.epochs * len(task.train)
+        training = self.begin(graph, task.train, target, updates=updates, device=loop.device)
+        optimizer = torch.optim.SGD(training.groups, lr=self.lr, momentum=self.momentum)
+        return drive(training, task, optimizer, loop, epochs=self.epochs, schedule=self.schedule)
+
+    def begin(
+        self, graph: QuantGraph, batches: Batches, target: Target, *, updates: int, device: torch.device
+    ) -> Training[Learned]:
+        """The same for any loop; the gates have an optimizer of their own."""
         profile = graph.profile
-        self._place_(graph, task, target, loop)
-        graph.module.to(loop.device)
+        self._place_(graph, batches, target, device)
+        graph.module.to(device)
         learning = {site: q for site, q in graph.quantizers.items() if isinstance(q, LearnedLevels)}
         fixed = {site: q.grid.bits for site, q in graph.quantizers.items() if isinstance(q, LearnedStep)}
         gates = [quantizer.gates for quantizer in learning.values()]
         rest = [p for q in graph.quantizers.values() for name, p in q.named_parameters() if name != "gates"]
-        optimizer = torch.optim.SGD(
-            [{"params": graph.network_parameters(), "weight_decay": self.weight_decay}, {"params": rest}],
-            lr=self.lr,
-            momentum=self.momentum,
-        )
-        share = 1.0 / max(self.epochs * len(task.train), 1)
+        share = 1.0 / max(updates, 1)
         gate_optimizer = torch.optim.Adam(gates or [torch.zeros(1)], lr=self.travel * share, betas=ADAM_BETAS)
 
         def widths() -> dict[str, Any]:
@@ -353,35 +358,15 @@ class DDQ(Method):
         pressure = Pressure(start, target.budget, self.ramp)
         seen: dict[str, Any] = {}
 
-        def loss(inputs: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
-            seen["loss"] = task.loss(outputs, targets)
-            return seen["loss"]
-
-        def penalty() -> Tensor:
+        def penalty(loss: Tensor) -> Tensor:
             """What the factor adds to the loss: it is the gates that it presses, not the weights."""
             seen["ratios"] = pressure.excess(profile, widths())
-            return seen["loss"].detach() * (pressure.factor(seen["ratios"]) - 1.0)
+            return loss * (pressure.factor(seen["ratios"]) - 1.0)
 
         def update_gates() -> None:
             gate_optimizer.step()
             gate_optimizer.zero_grad()
             pressure.update_(seen["ratios"], share)
-
-        for _ in steps(
-            graph,
-            task,
-            optimizer,
-            loop,
-            epochs=self.epochs,
-            schedule=self.schedule,
-            loss=loss,
-            penalty=penalty,
-            before_update=update_gates,
-            measure=lambda: used(profile, target.budget, whole_widths()),
-            keep={"gates": gate_optimizer, "pressure": pressure},
-        ):
-            pass
-        frozen = {site: quantizer.freeze() for site, quantizer in graph.quantizers.items()}
 
         def grid_of(site: Site, bits: int) -> Grid:
             quantizer = learning.get(site.name)
@@ -389,12 +374,25 @@ class DDQ(Method):
                 return full_grid(site, bits)
             return quantizer.codebook(bits)
 
-        return Learned(graph, whole_widths(), grid_of, frozen)
+        def conclude() -> Learned:
+            frozen = {site: quantizer.freeze() for site, quantizer in graph.quantizers.items()}
+            return Learned(graph, whole_widths(), grid_of, frozen)
 
-    def _place_(self, graph: QuantGraph, task: Task, target: Target, loop: Loop) -> None:
+        return Training(
+            graph,
+            [{"params": graph.network_parameters(), "weight_decay": self.weight_decay}, {"params": rest}],
+            conclude,
+            penalty=penalty,
+            needs_loss=True,
+            on_gradients=update_gates,
+            measure=lambda: used(profile, target.budget, whole_widths()),
+            keep={"gates": gate_optimizer, "pressure": pressure},
+        )
+
+    def _place_(self, graph: QuantGraph, batches: Batches, target: Target, device: torch.device) -> None:
         """:class:`LearnedLevels` on every site, a :class:`LearnedStep` where 8 bits are pinned."""
         allowed = target.choices(graph.profile).widths
-        observed = observe(graph, [site.name for site in graph.profile.activations], task.train, loop.device)
+        observed = observe(graph, [site.name for site in graph.profile.activations], batches, device)
         placed: dict[str, Quantizer] = {}
         for site in graph.profile.sites:
             widths, weight = allowed[site.name], site.kind == "weight"

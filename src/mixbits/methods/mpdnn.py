@@ -41,8 +41,9 @@ from mixbits.quant.quantizer import Frozen, LearnedStep, Quantizer
 from mixbits.train.finetune import observe
 from mixbits.train.method import Learned, Method, Target, full_grid
 from mixbits.train.penalty import squared_excess, used
-from mixbits.train.steps import Loop, Schedule, steps
-from mixbits.train.task import Task
+from mixbits.train.steps import Loop, Schedule
+from mixbits.train.task import Batches, Task
+from mixbits.train.training import Training, drive
 
 Parametrization = Literal["u3", "u2", "u1", "p3", "p2", "p1"]
 
@@ -313,20 +314,21 @@ class MPDNN(Method):
 
     def learn(self, graph: QuantGraph, task: Task, target: Target, loop: Loop) -> Learned:
         """Train network and quantizers together under the limits as penalties, eq. (10)."""
-        profile = graph.profile
-        self._place_(graph, task, target, loop)
-        learning = {site: q for site, q in graph.quantizers.items() if isinstance(q, LearnedWidth)}
-        graph.module.to(loop.device)
-        optimizer = torch.optim.SGD(
-            [
-                {"params": graph.network_parameters(), "weight_decay": self.weight_decay},
-                {"params": [p for q in graph.quantizers.values() for p in q.parameters()]},
-            ],
-            lr=self.lr,
-            momentum=self.momentum,
-        )
+        updates = self.epochs * len(task.train)
+        training = self.begin(graph, task.train, target, updates=updates, device=loop.device)
+        optimizer = torch.optim.SGD(training.groups, lr=self.lr, momentum=self.momentum)
+        return drive(training, task, optimizer, loop, epochs=self.epochs, schedule=self.schedule)
 
+    def begin(
+        self, graph: QuantGraph, batches: Batches, target: Target, *, updates: int, device: torch.device
+    ) -> Training[Learned]:
+        """The same for any loop."""
+        profile = graph.profile
+        self._place_(graph, batches, target, device)
+        learning = {site: q for site, q in graph.quantizers.items() if isinstance(q, LearnedWidth)}
         fixed = {site: q.grid.bits for site, q in graph.quantizers.items() if isinstance(q, LearnedStep)}
+        graph.module.to(device)
+        remembered = 1.0 / max(MEAN_OVER * updates, 1.0)
 
         def widths() -> dict[str, Any]:
             return {**fixed, **{site: quantizer.bits() for site, quantizer in learning.items()}}
@@ -340,27 +342,25 @@ class MPDNN(Method):
                 quantizer.limit_gradients_(self.weight_decay)
                 quantizer.remember_bits_(remembered)
 
-        remembered = 1.0 / max(MEAN_OVER * self.epochs * len(task.train), 1.0)
-        for _ in steps(
+        def penalty(loss: Tensor) -> Tensor:
+            strengths = {"strength": self.strength, "activation_strength": self.activation_strength}
+            return squared_excess(profile, widths(), target.budget, **strengths)
+
+        def conclude() -> Learned:
+            frozen = {site: quantizer.freeze() for site, quantizer in graph.quantizers.items()}
+            return Learned(graph, rounded_widths(), self._grid, frozen)
+
+        return Training(
             graph,
-            task,
-            optimizer,
-            loop,
-            epochs=self.epochs,
-            schedule=self.schedule,
-            penalty=lambda: squared_excess(
-                profile,
-                widths(),
-                target.budget,
-                strength=self.strength,
-                activation_strength=self.activation_strength,
-            ),
-            before_update=limit_gradients,
+            [
+                {"params": graph.network_parameters(), "weight_decay": self.weight_decay},
+                {"params": [p for q in graph.quantizers.values() for p in q.parameters()]},
+            ],
+            conclude,
+            penalty=penalty,
+            on_gradients=limit_gradients,
             measure=lambda: used(profile, target.budget, rounded_widths()),
-        ):
-            pass
-        frozen = {site: quantizer.freeze() for site, quantizer in graph.quantizers.items()}
-        return Learned(graph, rounded_widths(), self._grid, frozen)
+        )
 
     def _grid(self, site: Site, bits: int) -> Grid:
         if self.parametrization.startswith("u") or bits == 1:
@@ -368,11 +368,11 @@ class MPDNN(Method):
         exponent = min(level_count(bits - 1) - 1, LARGEST_RATIO_EXPONENT)
         return power_of_two_grid(bits, exponent, signed=site.signed)
 
-    def _place_(self, graph: QuantGraph, task: Task, target: Target, loop: Loop) -> None:
+    def _place_(self, graph: QuantGraph, batches: Batches, target: Target, device: torch.device) -> None:
         """A :class:`LearnedWidth` on every site, a :class:`LearnedStep` where a pin leaves one width."""
         allowed = target.choices(graph.profile).widths
         activations = [site.name for site in graph.profile.activations]
-        observed = observe(graph, activations, task.train, loop.device)
+        observed = observe(graph, activations, batches, device)
         placed: dict[str, Quantizer] = {}
         for site in graph.profile.sites:
             widths, weight = allowed[site.name], site.kind == "weight"

@@ -56,8 +56,9 @@ from mixbits.train.finetune import Finetune, observe
 from mixbits.train.method import Learned, Method, Target
 from mixbits.train.norms import reestimate_batch_norm_
 from mixbits.train.penalty import used
-from mixbits.train.steps import Loop, Schedule, steps
-from mixbits.train.task import Task
+from mixbits.train.steps import Loop, Schedule
+from mixbits.train.task import Batches, Task
+from mixbits.train.training import Training, drive
 
 LEAST_BETA = 1e-3  # beta stays this far above 0, where its logarithm ends
 MEAN_OVER = 0.01  # share of the training steps that the running mean of beta looks back on
@@ -368,21 +369,22 @@ class SDQ(Method):
 
     def learn(self, graph: QuantGraph, task: Task, target: Target, loop: Loop) -> Learned:
         """Phase 1: train weights, steps and active DBPs together; decay what falls below the threshold."""
+        updates = self.epochs * len(task.train)
+        training = self.begin(graph, task.train, target, updates=updates, device=loop.device)
+        optimizer = torch.optim.SGD(training.groups, lr=self.lr, momentum=self.momentum)
+        return drive(training, task, optimizer, loop, epochs=self.epochs, schedule=self.schedule)
+
+    def begin(
+        self, graph: QuantGraph, batches: Batches, target: Target, *, updates: int, device: torch.device
+    ) -> Training[Learned]:
+        """The same for any loop; the betas have an optimizer of their own."""
         profile, allowed = graph.profile, self._allowed(graph.profile, target)
-        dbps = self._place_(graph, task, allowed, loop)
-        graph.module.to(loop.device)
+        dbps = self._place_(graph, batches, allowed, device)
+        graph.module.to(device)
         searched = list(dict.fromkeys(dbps.values()))
         betas = {id(dbp.beta) for dbp in searched}
         rest = [p for q in graph.quantizers.values() for p in q.parameters() if id(p) not in betas]
-        optimizer = torch.optim.SGD(
-            [
-                {"params": graph.network_parameters(), "weight_decay": self.weight_decay},
-                {"params": rest},
-            ],
-            lr=self.lr,
-            momentum=self.momentum,
-        )
-        total = max(self.epochs * len(task.train), 1)
+        total = max(updates, 1)
         decay = torch.optim.SGD(
             [{"params": [dbp.beta for dbp in searched]}],
             lr=self.beta_travel * (1.0 - self.momentum) / total,
@@ -394,10 +396,10 @@ class SDQ(Method):
         def reached() -> dict[str, int]:
             return {**fixed, **{site: int(dbp.bits()) for site, dbp in dbps.items()}}
 
-        def penalty() -> Tensor:
+        def penalty(loss: Tensor) -> Tensor:
             expected = {dbp: dbp.expected_bits() for dbp in searched}
             bits = {**fixed, **{site: expected[dbp] for site, dbp in dbps.items()}}
-            against = sum((dbp.added_error() for dbp in searched), torch.zeros((), device=loop.device))
+            against = sum((dbp.added_error() for dbp in searched), torch.zeros((), device=device))
             return pull.penalty(profile, bits) + self.error_strength * against
 
         def draw() -> None:
@@ -406,45 +408,53 @@ class SDQ(Method):
             ):
                 dbp.draw_(uniform)
 
-        begun = reached()
-        start = [float(limit.used(profile, begun)) for limit in target.budget.limits]
-        pull = _Pull(target.budget, start, self.strength, loop.device)
-        draw()
-        for step in steps(
-            graph,
-            task,
-            optimizer,
-            loop,
-            epochs=self.epochs,
-            schedule=self.schedule,
-            penalty=penalty,
-            before_update=decay.step,
-            measure=lambda: used(profile, target.budget, reached()),
-            estimate_norms=LEARNING_NORM_BATCHES,
-            keep={"decay": decay, "pull": pull},
-        ):
-            decay.zero_grad()
+        def move_betas() -> None:
+            decay.step()
+            decay.zero_grad()  # no other optimizer moves them
+
+        def decay_betas(optimizer: torch.optim.Optimizer, done: int) -> None:
             for dbp in searched:
                 falls = dbp.decay_(self.beta_threshold, share=min(1.0 / (MEAN_OVER * total), 1.0))
                 velocity = decay.state[dbp.beta].get("momentum_buffer")
                 if velocity is not None:
                     velocity.mul_(~falls)
-            pull.adapt_(step.progress, 2.0 ** (1.0 / (DOUBLING * total)))
+            pull.adapt_(done / total, 2.0 ** (1.0 / (DOUBLING * total)))
             draw()
-        if self.epochs:
-            reestimate_batch_norm_(graph, task.train, LEARNING_NORM_BATCHES, loop.device)
-        frozen = {site: quantizer.freeze() for site, quantizer in graph.quantizers.items()}
-        asked = {**fixed, **{site: dbp.expected_bits().item() for site, dbp in dbps.items()}}
-        if not self.activation_bits:
-            return Learned(graph, asked, self._grid, frozen)
-        bits = fit(  # here and not in `learn`, which would widen activations beyond the stated width
-            profile,
-            reached(),
-            target.budget,
-            allowed,
-            damage=lambda site, width: noise_power(site, width) / noise_power(site, asked[site]),
+
+        def conclude() -> Learned:
+            if updates:
+                reestimate_batch_norm_(graph, batches, LEARNING_NORM_BATCHES, device)
+            frozen = {site: quantizer.freeze() for site, quantizer in graph.quantizers.items()}
+            asked = {**fixed, **{site: dbp.expected_bits().item() for site, dbp in dbps.items()}}
+            if not self.activation_bits:
+                return Learned(graph, asked, self._grid, frozen)
+            bits = fit(  # here and not in `learn`, which would widen activations beyond the stated width
+                profile,
+                reached(),
+                target.budget,
+                allowed,
+                damage=lambda site, width: noise_power(site, width) / noise_power(site, asked[site]),
+            )
+            return Learned(graph, bits, self._grid, frozen, fill=False)
+
+        begun = reached()
+        start = [float(limit.used(profile, begun)) for limit in target.budget.limits]
+        pull = _Pull(target.budget, start, self.strength, device)
+        draw()
+        return Training(
+            graph,
+            [
+                {"params": graph.network_parameters(), "weight_decay": self.weight_decay},
+                {"params": rest},
+            ],
+            conclude,
+            penalty=penalty,
+            on_gradients=move_betas,
+            on_update=decay_betas,
+            measure=lambda: used(profile, target.budget, reached()),
+            estimate_norms=LEARNING_NORM_BATCHES,
+            keep={"decay": decay, "pull": pull},
         )
-        return Learned(graph, bits, self._grid, frozen, fill=False)
 
     def finetuning(self, options: Finetune) -> Finetune:
         """Phase 2 learns from the teacher alone; the divergence's gradient is that of soft cross entropy."""
@@ -520,13 +530,15 @@ class SDQ(Method):
                 fitting.append((min(weight, activation), activation))
         return narrowed(max(fitting)[1])  # the narrowest pair fits, or no choice would
 
-    def _place_(self, graph: QuantGraph, task: Task, allowed: Choices, loop: Loop) -> dict[str, DBP]:
+    def _place_(
+        self, graph: QuantGraph, batches: Batches, allowed: Choices, device: torch.device
+    ) -> dict[str, DBP]:
         """Put a :class:`StochasticWidth` where there is a choice, else a :class:`LearnedStep`.
 
         Returns the DBP of every site that has one.
         """
         profile = graph.profile
-        observed = observe(graph, [site.name for site in profile.activations], task.train, loop.device)
+        observed = observe(graph, [site.name for site in profile.activations], batches, device)
         placed: dict[str, Quantizer] = {}
         dbps: dict[str, DBP] = {}
         for group in allowed.groups:

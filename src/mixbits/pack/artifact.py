@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from mixbits.core.check import MAX_ELEMENTS, MAX_INSTRUCTIONS, check
+from mixbits.core.files import whole_file
 from mixbits.core.grid import grid_from_json, grid_to_json
 from mixbits.core.instructions import MAX_RANK, MAX_SIZE, is_int, is_name
 from mixbits.core.program import Instruction, PackedWeight, Program
@@ -56,15 +56,8 @@ def write_program(program: Program, path: str | Path) -> None:
         both = sorted(set(program.weights) & set(program.constants))
         raise ValueError(f"{both[0]!r} names both a weight and a constant; rename one")
     contents = save(tensors, metadata={FORMAT: _to_text(program)})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(contents)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(contents)
 
 
 def _to_text(program: Program) -> str:

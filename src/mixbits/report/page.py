@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
+from mixbits.core.files import whole_file
 from mixbits.report import words
 from mixbits.report.svg import THEME, WIDTH_COLOURS
 
@@ -32,10 +32,6 @@ def fill(template: str, **values: Any) -> str:
 
 def write_page(path: Path, page: str) -> Path:
     """Write a page; an older one is replaced in one step."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(page, encoding="utf-8", newline="\n")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(page.encode())
     return path

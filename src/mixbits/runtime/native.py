@@ -15,6 +15,7 @@ from mixbits.runtime.values import Floats, Weight
 if TYPE_CHECKING or native_available():
     from mixbits import _native
 
+NOT_FINITE = "input: it holds infinities or NaN; pass finite values"
 KEPT = 4  # engines of different batch sizes that are kept, where samples cannot run one by one
 
 
@@ -92,6 +93,8 @@ def check_native(threads: int) -> None:
 
 
 def _not_a_number(step: Ran) -> ValueError:
+    if step.of_input:
+        return ValueError(NOT_FINITE)
     return ValueError(
         f"{step.names[-1]}: not a number (NaN) cannot be quantized; an operation before divided by zero or "
         "overflowed"

@@ -18,8 +18,15 @@ import numpy as np
 
 from mixbits.core.check import specs
 from mixbits.core.grid import Codebook, Grid, grid_from_json
-from mixbits.core.infer import Spec
-from mixbits.core.instructions import BATCHED, CONSTANT, INSTRUCTIONS, MAYBE_CONSTANT
+from mixbits.core.infer import MAX_ACCUMULATOR, Spec
+from mixbits.core.instructions import (
+    BATCHED,
+    CONSTANT,
+    INSTRUCTIONS,
+    MAX_FLOAT32,
+    MAX_SIZE,
+    MAYBE_CONSTANT,
+)
 from mixbits.core.program import Instruction, Program
 from mixbits.pack.bits import native_available
 from mixbits.runtime.kernels import PIXEL_UNIT, Bytes, bytes_of, convolution, pixel_stride
@@ -68,6 +75,7 @@ class Placed:
     # Of a map or of rows of vectors that nothing was cut from: what lies behind a pixel's channels is 0. Its
     # border is (top, bottom, left, right).
     whole: bool = False
+    finite: bool = False  # of floats: no input makes them infinite
     border: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     @property
@@ -122,6 +130,7 @@ class Ran:
     input_bits: int = 0
     macs: int = 0
     bytes: int = 0  # of inputs, outputs, and weights as the kernel keeps them, each counted once
+    of_input: bool = False  # it rounds the program's input
 
 
 @dataclass
@@ -401,11 +410,14 @@ class _Planner:
             self._clear(to)
 
         def make() -> Any:
-            made = _native.RoundStep(source.operand, to.operand, rounding(grid, to, value))
+            onto = rounding(grid, to, value)
+            onto.finite = step.inputs[0] == "input"
+            made = _native.RoundStep(source.operand, to.operand, onto)
             made.borders = self._borders(to)
             return made
 
-        self._step(make, [source, to], Ran((step.name,), "quantize"))
+        of_input = step.inputs[0] == "input"
+        self._step(make, [source, to], Ran((step.name,), "quantize", of_input=of_input))
         self.values[step.output] = to
 
     def _constant(self, step: Instruction) -> None:
@@ -472,6 +484,8 @@ class _Planner:
                 attrs[key] = None if value is None else self.program.constants[value]
             elif kind is BATCHED:
                 attrs[key] = [self.batch if size == "batch" else size for size in value]
+            elif isinstance(value, int) and abs(value) > MAX_SIZE:
+                attrs[key] = float(value)  # a number, not a size: it may be beyond 64 bits
             else:
                 attrs[key] = value
         return attrs
@@ -515,8 +529,13 @@ class _Planner:
         if len(roundings) < len(self.readers[name]) or name == self.program.output:
             rank = len(shape)
             order = range(rank) if linear else (0, *range(2, rank), 1)
-            floats = self._floats(name, shape, order)
+            scale, bias = (np.abs(self.program.constants[step.attrs[k]]) for k in ("scale", "bias"))
+            finite = float(scale.max()) * MAX_ACCUMULATOR + float(bias.max()) < MAX_FLOAT32
+            floats = replace(self._floats(name, shape, order), finite=finite and residual is None)
             self.values[name] = floats
+        if limits == (0, np.inf) and floats is None:
+            grids = [grid_from_json(reader.attrs["grid"]) for reader in roundings]
+            limits = None if all(grid.level_min >= 0 for grid in grids) else limits  # they cut it off anyway
         maps: list[tuple[Placed, Grid, float]] = []
         for reader in roundings:
             grid = grid_from_json(reader.attrs["grid"])
@@ -541,7 +560,7 @@ class _Planner:
                 stored = residual.storage
                 made.add_bytes(residual.pixels(rows=row), stored.scale, stored.offset, residual.step)
             elif residual is not None:
-                made.add_floats(residual.pixels(rows=row))
+                made.add_floats(residual.pixels(rows=row), residual.finite)
             if limits is not None:
                 made.limit(*limits)
             if floats is not None:

@@ -17,8 +17,10 @@ from mixbits.graph.quant_graph import QuantGraph, put_, quantizer_key
 from mixbits.quant.observe import Recorder, mse_step
 from mixbits.quant.quantizer import Frozen, LearnedStep, Quantizer
 from mixbits.train.norms import reestimate_batch_norm_
-from mixbits.train.steps import PLAIN_LOOP, Loop, Schedule, steps
-from mixbits.train.task import Batches, Task
+from mixbits.train.randomness import own_random_states
+from mixbits.train.steps import PLAIN_LOOP, Loop, Schedule
+from mixbits.train.task import Batches, Inputs, Task, batches_of
+from mixbits.train.training import Training, drive
 
 OBSERVED_BATCHES = 8  # batches read to choose activation steps
 
@@ -80,26 +82,73 @@ def finetune(
         student = place_policy(
             graph, policy, task.train, start=start, device=loop.device, quantizer=quantizer
         )
-    optimizer = torch.optim.SGD(
-        parameter_groups(student, options.weight_decay), lr=options.lr, momentum=options.momentum
-    )
-    loss = _distilling(task, teacher, options, loop) if options.distill and teacher is not None else None
-    for _ in steps(
+    training = _training(
         student,
-        task,
-        optimizer,
-        loop,
-        epochs=options.epochs,
-        schedule=options.schedule,
-        loss=loss,
-        penalty=extra_loss(student),
-    ):
-        pass
-    settle_(student, policy)
-    if options.norm_batches and options.epochs:
-        reestimate_batch_norm_(student, task.train, options.norm_batches, loop.device)
-    student.module.eval()
-    return student
+        policy,
+        task.train,
+        weight_decay=options.weight_decay,
+        norm_batches=options.norm_batches if options.epochs else 0,
+        extra_loss=extra_loss(student),
+    )
+    optimizer = torch.optim.SGD(training.groups, lr=options.lr, momentum=options.momentum)
+    loss = _distilling(task, teacher, options, loop) if options.distill and teacher is not None else None
+    return drive(training, task, optimizer, loop, epochs=options.epochs, schedule=options.schedule, loss=loss)
+
+
+def begin_finetuning(
+    graph: QuantGraph,
+    policy: Policy,
+    inputs: Inputs,
+    *,
+    start: Mapping[str, Frozen] | None = None,
+    placed: QuantGraph | None = None,
+    weight_decay: float = Finetune.weight_decay,
+    norm_batches: int = Finetune.norm_batches,
+) -> Training[QuantGraph]:
+    """Training at the fixed widths of a policy, for a loop of the user's; its result is the network.
+
+    ``inputs`` are training inputs, float ``[n, ...]`` in one tensor, or a ``DataLoader`` of
+    ``(inputs, targets)``: activation steps are chosen on a few of them, and ``norm_batches`` of them
+    re-estimate batch-norm statistics at the end (0 keeps those of training). ``weight_decay`` is that of the
+    groups' weights. ``start`` and ``placed`` as in :func:`finetune`, ``graph`` stays as it is. The network
+    comes on the CPU; move ``module`` before an optimizer is made.
+    """
+    policy.check(graph.profile)
+    batches = batches_of(inputs)
+    student = placed.copy() if placed is not None else None
+    if student is None:
+        with own_random_states():
+            student = place_policy(graph, policy, batches, start=start)
+    training = _training(student, policy, batches, weight_decay=weight_decay, norm_batches=norm_batches)
+    training.identity = {site: describe(grid) for site, grid in policy.grids.items()}
+    training.attach_()
+    return training
+
+
+def _training(
+    student: QuantGraph,
+    policy: Policy,
+    batches: Batches,
+    *,
+    weight_decay: float,
+    norm_batches: int,
+    extra_loss: Callable[[], Tensor] | None = None,
+) -> Training[QuantGraph]:
+    def conclude() -> QuantGraph:
+        settle_(student, policy)
+        if norm_batches:
+            device = student.network_parameters()[0].device
+            with own_random_states():
+                reestimate_batch_norm_(student, batches, norm_batches, device)
+        student.module.eval()
+        return student
+
+    return Training(
+        student,
+        parameter_groups(student, weight_decay),
+        conclude,
+        penalty=extra_loss and (lambda loss: extra_loss()),
+    )
 
 
 def settle_(graph: QuantGraph, policy: Policy) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from mixbits.core.budget import Budget
@@ -20,8 +21,10 @@ from mixbits.search.fit import fit
 from mixbits.search.greedy import Choices, choices, noise_power
 from mixbits.search.ilp import check_feasible
 from mixbits.train.finetune import Finetune
+from mixbits.train.randomness import own_random_states
 from mixbits.train.steps import PLAIN_LOOP, Loop
-from mixbits.train.task import Task
+from mixbits.train.task import Batches, Inputs, Task, batches_of
+from mixbits.train.training import Training
 
 ROUNDING_SLACK = 1e-6  # a learned width of 3.0000001 bits, a rounding error, is 3 bits
 
@@ -81,6 +84,19 @@ class Method(ABC):
     def learn(self, graph: QuantGraph, task: Task, target: Target, loop: Loop) -> Learned:
         """Learn widths on ``graph``, which the method may change; it is a copy."""
 
+    def begin(
+        self, graph: QuantGraph, batches: Batches, target: Target, *, updates: int, device: torch.device
+    ) -> Training[Learned]:
+        """Learning on ``graph`` as an object that any loop can drive for ``updates`` updates.
+
+        Raises ``ValueError`` for methods whose update is more than a loss, a penalty and a projection.
+        """
+        name = type(self).__name__
+        raise ValueError(
+            f"{name} cannot learn in another loop: it does not train one network by one loss. Learn with "
+            "mixbits.learn, and train at its policy in your loop with mixbits.begin_finetuning"
+        )
+
     def finetuning(self, options: Finetune) -> Finetune:
         """The options of training at the learned widths, where the paper asks for others than the user's."""
         return options
@@ -101,20 +117,61 @@ def learn(
 
     Raises ``InfeasibleError`` before any training if no choice of candidates can fit.
     """
-    allowed = target.choices(graph.profile)
-    learned = method.learn(graph.copy(), task, target, loop)
-    missing = [site.name for site in graph.profile.sites if site.name not in learned.bits]
+    target.choices(graph.profile)
+    return policy_of(method.learn(graph.copy(), task, target, loop), graph.profile, target)
+
+
+def begin_learning(
+    method: Method,
+    graph: QuantGraph,
+    inputs: Inputs,
+    target: Target,
+    *,
+    updates: int,
+    device: str | torch.device = "cpu",
+) -> Training[tuple[Policy, Learned]]:
+    """Learning of widths for a loop of the user's; its result is that of :func:`learn`.
+
+    ``inputs`` are training inputs, float ``[n, ...]`` in one tensor, or a ``DataLoader`` of
+    ``(inputs, targets)``, from which starts are chosen. ``updates`` is how often the optimizer will step: the
+    method's epochs, and limits that come down over them, are parts of it. ``device`` is where the loop
+    trains. Learning rate, momentum and schedule are the loop's, not the method's; ``groups`` have the
+    method's weight decay.
+
+    Raises ``ValueError`` for methods that need a loop of their own, and ``InfeasibleError`` before training
+    if no choice of candidates can fit.
+    """
+    if updates < 1:
+        raise ValueError(f"updates={updates}: say how often the optimizer will step while widths are learned")
+    target.choices(graph.profile)
+    with own_random_states():
+        learning = method.begin(
+            graph.copy(), batches_of(inputs), target, updates=updates, device=torch.device(device)
+        )
+    training: Any = replace(
+        learning,
+        conclude=lambda: policy_of(learning.conclude(), graph.profile, target),
+        identity={"method": str(method), "target": str(target), "updates": updates},
+        planned=updates,
+    )
+    training.attach_()
+    return training
+
+
+def policy_of(learned: Learned, profile: Profile, target: Target) -> tuple[Policy, Learned]:
+    """What a method learned, as a policy that covers every site and fits the budget exactly."""
+    missing = [site.name for site in profile.sites if site.name not in learned.bits]
     if missing:
-        raise ValueError(f"the method {type(method).__name__} gave no width to {', '.join(missing[:3])}")
+        raise ValueError(f"the method gave no width to {', '.join(missing[:3])}")
     wished = {site: math.ceil(bits - ROUNDING_SLACK) for site, bits in learned.bits.items()}
     bits = fit(
-        graph.profile,
+        profile,
         wished,
         target.budget,
-        allowed,
+        target.choices(profile),
         damage=lambda site, width: noise_power(site, width) / noise_power(site, learned.bits[site]),
         fill=learned.fill,
     )
-    policy = Policy({site.name: learned.grid_of(site, bits[site.name]) for site in graph.profile.sites})
-    policy.check(graph.profile)
+    policy = Policy({site.name: learned.grid_of(site, bits[site.name]) for site in profile.sites})
+    policy.check(profile)
     return policy, learned

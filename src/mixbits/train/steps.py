@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mixbits.graph.quant_graph import QuantGraph
 from mixbits.quant.quantizer import Quantizer
-from mixbits.train.checkpoint import Checkpoint
+from mixbits.train.checkpoint import Checkpoint, fingerprint
 from mixbits.train.norms import reestimate_batch_norm_
+from mixbits.train.randomness import RandomStates, random_states, set_random_states
 from mixbits.train.task import Task, evaluate
 
 Schedule = Literal["cosine", "thirds", "two_drops", "constant"]
@@ -88,15 +89,15 @@ def steps(
     epochs: int,
     schedule: Schedule = "cosine",
     loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-    penalty: Callable[[], Tensor] | None = None,
-    before_update: Callable[[], None] | None = None,
+    penalty: Callable[[Tensor], Tensor] | None = None,
+    before_update: Callable[[], None] = lambda: None,
     measure: Callable[[], Mapping[str, Any]] = dict,
     estimate_norms: int = 0,
     keep: Mapping[str, Stateful] | None = None,
 ) -> Iterator[Step]:
     """Train ``graph`` in place for ``epochs``, yielding after every update with the gradients still readable.
 
-    ``loss(inputs, outputs, targets)`` replaces the task's loss, ``penalty()`` is added to it,
+    ``loss(inputs, outputs, targets)`` replaces the task's loss, ``penalty(loss)`` is added to it,
     ``before_update()`` runs between backward and update (to limit gradients), ``measure()`` adds fields to
     the rows given to ``loop.watch``, ``estimate_norms`` batches re-estimate batch-norm statistics of a copy
     before it is judged on held-out data, ``keep`` names what else is saved with the network and put back when
@@ -105,10 +106,9 @@ def steps(
     Resumes from ``loop.checkpoint`` if it holds a state. Raises ``DivergedError`` when the loss is not
     finite, and ``KeyboardInterrupt`` after saving when the checkpoint's ``stop`` is set.
     """
+    loop = _signed(loop, graph, task, optimizer, epochs=epochs, schedule=schedule)
     module, checkpoint, batches = graph.module.to(loop.device), loop.checkpoint, len(task.train)
     quantizers = [m for m in module.modules() if isinstance(m, Quantizer)]
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
     keep = keep or {}
     epoch, first, totals, resumed_rng = _resume_(graph, task, optimizer, loop, keep)
     forward = torch.compile(module, dynamic=False) if loop.compile else module
@@ -123,12 +123,11 @@ def steps(
             with torch.autocast(loop.device.type, torch.bfloat16, enabled=loop.bf16):
                 outputs = forward(inputs).float()
             value = task.loss(outputs, targets) if loss is None else loss(inputs, outputs, targets)
-            total = value if penalty is None else value + penalty()
+            total = value if penalty is None else value + penalty(value.detach())
             total.backward()
             if not math.isfinite(value.item()) or not math.isfinite(total.item()):
                 raise DivergedError(_diverged(loop, number, index))
-            if before_update is not None:
-                before_update()
+            before_update()
             optimizer.step()
             for quantizer in quantizers:
                 quantizer.project_()
@@ -158,14 +157,38 @@ def steps(
                 module.train()
                 totals.update(loss=0.0, score=0.0, count=0)
             stopping = checkpoint is not None and checkpoint.stop.is_set()
+            loop.watch(row)  # before saving: what a checkpoint goes on from has been told
             if checkpoint is not None and (ends or stopping or checkpoint.due()):
                 position = (number + 1, 0) if ends else (number, index + 1)
                 checkpoint.save(_state(graph, optimizer, position, totals, keep))
-            loop.watch(row)
             if stopping:
                 raise KeyboardInterrupt
         first, resumed_rng = 0, None
     module.eval()
+
+
+def _signed(
+    loop: Loop, graph: QuantGraph, task: Task, optimizer: torch.optim.Optimizer, **options: Any
+) -> Loop:
+    """The loop, with what is known here of network, data and options in its checkpoint's signature."""
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    if loop.checkpoint is None:
+        return loop
+    shapes = [f"{name} {tuple(value.shape)}" for name, value in graph.module.state_dict().items()]
+    plain = int | float | str
+    groups = [
+        {name: value for name, value in group.items() if isinstance(value, plain) and name != "lr"}
+        for group in optimizer.param_groups
+    ]
+    signature = {
+        **loop.checkpoint.signature,
+        **options,
+        "batches of an epoch": len(task.train),
+        "the network": fingerprint(graph.module.code, *shapes),
+        "the optimizer": f"{type(optimizer).__name__} {groups}",
+    }
+    return replace(loop, checkpoint=replace(loop.checkpoint, signature=signature))
 
 
 def _state(
@@ -182,7 +205,7 @@ def _state(
         "epoch": epoch,
         "first": first,
         "totals": dict(totals),
-        "rng": torch.get_rng_state(),
+        "rng": random_states(),
         "kept": {name: part.state_dict() for name, part in keep.items()},
     }
 
@@ -193,8 +216,8 @@ def _resume_(
     optimizer: torch.optim.Optimizer,
     loop: Loop,
     keep: Mapping[str, Stateful],
-) -> tuple[int, int, dict[str, Any], Tensor | None]:
-    """Epoch, first batch, running sums and random state to go on with; the start without a checkpoint."""
+) -> tuple[int, int, dict[str, Any], RandomStates | None]:
+    """Epoch, first batch, running sums and random states to go on with; the start without a checkpoint."""
     state, note = loop.checkpoint.load() if loop.checkpoint else (None, "")
     if note:
         loop.watch({"stage": loop.stage, "note": note})
@@ -206,7 +229,7 @@ def _resume_(
     optimizer.load_state_dict(state["optimizer"])
     for name, part in keep.items():
         part.load_state_dict(state["kept"][name])
-    torch.set_rng_state(state["rng"])
+    set_random_states(state["rng"])
     return state["epoch"], state["first"], state["totals"], state["rng"]
 
 

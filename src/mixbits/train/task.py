@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from mixbits.data.dataset import ArraySamples, Dataset, Samples, split_held_out, take_images
+from mixbits.train.randomness import RandomStates, set_random_states
 
 
 class Batches(Protocol):
@@ -24,11 +26,11 @@ class Batches(Protocol):
         ...
 
     def epoch(
-        self, number: int, first: int = 0, rng: Tensor | None = None
+        self, number: int, first: int = 0, rng: RandomStates | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from position ``first`` on.
 
-        ``rng`` is torch's random state just before batch ``first`` is read, when a run is resumed there.
+        ``rng`` are the random states just before batch ``first`` is read, when a run is resumed there.
         """
         ...
 
@@ -48,7 +50,7 @@ class SampleBatches:
         return max(whole if self.training else whole + bool(rest), 1)
 
     def epoch(
-        self, number: int, first: int = 0, rng: Tensor | None = None
+        self, number: int, first: int = 0, rng: RandomStates | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from position ``first`` on; torch's random state plays no part."""
         count = len(self.samples)
@@ -68,8 +70,8 @@ class SampleBatches:
 class LoaderBatches:
     """Batches of the user's ``DataLoader``.
 
-    Its shuffling is made repeatable by seeding torch before each epoch; a loader with a generator of its own
-    cannot be resumed in the middle of a run bit for bit.
+    Its shuffling is made repeatable by seeding torch, and the loader's own generator if it has one, before
+    each epoch. A sampler that draws from anywhere else cannot be resumed bit for bit.
     """
 
     loader: DataLoader[Any]
@@ -80,16 +82,53 @@ class LoaderBatches:
         return len(self.loader)
 
     def epoch(
-        self, number: int, first: int = 0, rng: Tensor | None = None
+        self, number: int, first: int = 0, rng: RandomStates | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from position ``first`` on; earlier ones are read and passed over."""
-        torch.manual_seed(self.seed * 1_000_003 + number)
+        seed = self.seed * 1_000_003 + number
+        torch.manual_seed(seed)
+        if isinstance(self.loader.generator, torch.Generator):
+            self.loader.generator.manual_seed(seed)
         for position, batch in enumerate(self.loader):
+            if not isinstance(batch, list | tuple) or len(batch) != 2:
+                raise ValueError(
+                    f"the DataLoader gives a {type(batch).__name__}, not (inputs, targets); "
+                    "give it a collate_fn that does, or a tensor of inputs where no targets are needed"
+                )
             if position >= first:
                 inputs, targets = batch
                 yield inputs, targets
             elif position == first - 1 and rng is not None:
-                torch.set_rng_state(rng)
+                set_random_states(rng)
+
+
+@dataclass(frozen=True)
+class InputBatches:
+    """Batches of inputs in one tensor, float ``[n, ...]``, for what needs no targets (they are empty)."""
+
+    inputs: Tensor
+    batch_size: int = 128
+
+    def __len__(self) -> int:
+        """Batches of one epoch."""
+        return math.ceil(len(self.inputs) / self.batch_size)
+
+    def epoch(
+        self, number: int, first: int = 0, rng: RandomStates | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches from position ``first`` on, in the order of the tensor."""
+        for inputs in self.inputs.split(self.batch_size)[first:]:
+            yield inputs, torch.empty(0)
+
+
+Inputs = Tensor | DataLoader[Any] | Batches
+
+
+def batches_of(inputs: Inputs) -> Batches:
+    """Batches to look at, of whatever the user has: a tensor of inputs, a ``DataLoader``, batches."""
+    if isinstance(inputs, Tensor):
+        return InputBatches(inputs)
+    return LoaderBatches(inputs) if isinstance(inputs, DataLoader) else inputs
 
 
 class TwoHalves:
@@ -118,7 +157,7 @@ class TwoHalves:
         return min(map(len, self._parts)) if self._parts else len(self._whole) // 2
 
     def epoch(
-        self, number: int, first: int = 0, rng: Tensor | None = None
+        self, number: int, first: int = 0, rng: RandomStates | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of one half; both of a pair are read before the first is given."""
         if self._parts:

@@ -1,0 +1,1 @@
+"""Mixbits inside the training code of others: import the module that is named like the trainer."""
