@@ -25,8 +25,9 @@ from mixbits.quant.quantizer import LearnedStep
 from mixbits.runtime import Executor
 from mixbits.runtime.executor import unpack_weight
 from mixbits.runtime.kernels import bytes_of
+from mixbits.runtime.layout import Buffer, lay_out, reshaped_strides
 from mixbits.runtime.native import Native
-from mixbits.runtime.plan import Buffer, lay_out, reshaped_strides, separable
+from mixbits.runtime.simplify import separable
 from mixbits.train.method import full_grid
 from programs import LIMIT, SAMPLE, random_program
 from strategies import UNIFORM_GRIDS

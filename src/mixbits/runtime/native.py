@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from mixbits.core.check import specs
 from mixbits.core.program import Program
 from mixbits.pack.bits import native_available
-from mixbits.runtime.plan import Choose, Plan, Ran, cheapest, make_plan, separable
+from mixbits.runtime.plan import Choose, Plan, Ran, cheapest, make_plan
+from mixbits.runtime.simplify import separable
 from mixbits.runtime.values import Floats, Weight
 
 if TYPE_CHECKING or native_available():
@@ -41,7 +42,7 @@ class Native:
         self.plan = self._engine(1)[1]
 
     def run(self, x: Floats, out: Floats) -> Floats:
-        """Fill ``out`` with the program's output for ``x``, both dense; ``ValueError`` where NaN was rounded."""
+        """Fill ``out`` with the output for ``x``, both dense; ``ValueError`` where NaN was rounded."""
         if not len(x):
             return out
         engine, plan = self._engine(1 if self.separable else len(x))
