@@ -301,7 +301,7 @@ int rows(const Conv& conv) {
   return ceil_div(conv.out_h, ceil_div(conv.out_h, fit));
 }
 
-// Fitted to measurements on a Zen 4: within 10 % of them for the convolutions of benchmarks/kernels.py,
+// Fitted to measurements on a Zen 4: within 10 % of them for the convolutions of `mixbits bench kernels`,
 // within 25 % for linear layers on one vector.
 double cycles(const Conv& conv) {
   const BitPlanes planes(conv, kBlocks);

@@ -21,9 +21,14 @@ def _of_indices(count: int, bits: int) -> Products:
     return lambda conv, a_bits: count * (bits // max(conv.w_bits, a_bits))
 
 
-def _depthwise(conv: _native.Conv, a_bits: int) -> float:
-    """16 channels x the part of four rows that a window of two output rows fills."""
-    return 16 * conv.kh / -(-(conv.kh + 1) // 4)
+def _depthwise(channels: int, rows: int) -> Products:
+    """Of ``rows`` rows of so many channels, those in the window; two output rows may share their input."""
+
+    def products(conv: _native.Conv, a_bits: int) -> float:
+        shared = 1 if conv.stride_y == conv.dilation_y else 0
+        return channels * conv.kh / -(-(conv.kh + shared) // rows)
+
+    return products
 
 
 # Of each kernel: the instructions (csrc/kernels/ceiling.h), and the products that one round of them makes.
@@ -32,12 +37,16 @@ MIXES: dict[str, tuple[str, Products]] = {
         "vpandd + vpopcntd + vpaddd",
         lambda conv, a_bits: 512 / (conv.w_bits * a_bits),
     ),
-    "depthwise_avx512vnni": ("vpdpbusd", _depthwise),
+    "depthwise_avx2": ("vpmaddwd + vpaddd", _depthwise(8, 2)),
+    "depthwise_avx512vnni": ("vpdpbusd", _depthwise(16, 4)),
+    "direct_avx2": ("vpmaddwd + vpaddd", lambda conv, a_bits: 16),
     "dot_avx2": ("vpmaddubsw + vpaddw", lambda conv, a_bits: 32),
     "dot_avx512vnni": ("vpdpbusd", lambda conv, a_bits: 64),
     "table_avx2": ("vpshufb + vpaddb", _of_indices(32, 4)),
     "table_avx512vbmi": ("vpermb + vpaddb", _of_indices(64, 6)),
-    "winograd_avx512vnni": ("vpdpbusd", lambda conv, a_bits: 64 * 36 / 16),  # 16 products in place of 36
+    "winograd3_avx512vnni": ("vpdpbusd", lambda conv, a_bits: 64 * 81 / 25),  # 25 products in place of 81
+    "winograd_avx2": ("vpmaddubsw + vpaddw", lambda conv, a_bits: 32 * 36 / 16),  # 16 in place of 36
+    "winograd_avx512vnni": ("vpdpbusd", lambda conv, a_bits: 64 * 36 / 16),
 }
 
 
