@@ -251,6 +251,7 @@ def random_problem(seed: int, count: int, spread: float = 2.0) -> Problem:
 
 
 def test_nothing_is_printed(capfd):
+    capfd.readouterr()  # what pytest itself said before
     least_harm(*random_problem(0, 30))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ilp, "MOST_OPTIONS", 0)
