@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -18,6 +18,8 @@ from lowered import LARGE, NETWORKS, Forced, Lowered, lowered
 from mixbits.core.grid import Codebook, Grid, Uniform, grid_to_json
 from mixbits.core.program import Instruction, PackedWeight, Program
 from mixbits.export import Exported, onnx_qdq, qonnx
+from mixbits.export.qonnx import power_of_two_steps
+from mixbits.lower import lower
 from mixbits.pack.bits import pack
 from mixbits.runtime import Executor
 from strategies import UNIFORM_GRIDS
@@ -40,7 +42,6 @@ LOGITS = 2e-6
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")
 QUICK = ("digits_cnn", "class_token", "grouped", "unet")
-SLOW_IN_QONNX = (*LARGE, "mobilenet_se", "mobilenet_v2_short", "vgg16_narrow", "vit_short")
 every_network = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NETWORKS]
 )
@@ -48,7 +49,6 @@ AS_WRITTEN, OPTIMIZED = "ORT_DISABLE_ALL", "ORT_ENABLE_ALL"
 optimized_or_not = pytest.mark.parametrize(
     "optimizations", [AS_WRITTEN, OPTIMIZED], ids=["as-written", "optimized"]
 )
-Outputs = Callable[[Exported, np.ndarray, list[str]], list[np.ndarray]]
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +142,11 @@ def test_onnxruntime_computes_what_the_fake_quantized_network_computes(name, run
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NETWORKS if name not in LARGE],
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in NETWORKS
+        if name not in LARGE
+    ],
 )
 def test_the_qonnx_executor_computes_what_the_fake_quantized_network_computes(name):
     network, grids = lowered(name), activation_grids(lowered(name))
@@ -172,6 +176,133 @@ def test_two_bit_types_compute_the_same_where_onnxruntime_does_not_optimize(name
         for (site, grid), found in zip(grids.items(), integers, strict=True)
     }
     agree(network, logits, levels, TIES)
+
+
+def layer_then_quantize(scale: np.ndarray, bias: np.ndarray) -> Program:
+    """A convolution on codes whose result is quantized at once: what onnxruntime runs in integers."""
+    weight_grid, grid = Uniform(2, signed=True), Uniform(4, signed=False)
+    codes = np.random.default_rng(0).integers(0, 4, (len(scale), 3, 3, 3)).astype(np.uint8)
+    weight = PackedWeight(codes.shape, weight_grid, pack(codes.ravel(), 2))
+    window = {"stride": [1, 1], "padding": [[1, 1], [1, 1]], "dilation": [1, 1], "groups": 1}
+    layer = {"weight": "w", "scale": "scale", "bias": "bias", **window}
+    steps = (
+        Instruction("quantize", "input", ("input",), "codes", {"grid": grid_to_json(grid), "step": "step"}),
+        Instruction("conv2d", "conv", ("codes",), "maps", layer),
+        Instruction("quantize", "maps", ("maps",), "out", {"grid": grid_to_json(grid), "step": "step"}),
+    )
+    constants = {"step": np.asarray(0.25, np.float32), "scale": scale, "bias": bias}
+    return Program((3, 9, 9), "out", steps, {"w": weight}, constants)
+
+
+def optimized_kinds(exported: Exported, tmp_path) -> list[str]:
+    """The operations that onnxruntime makes of a model."""
+    options = ort.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 4, str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(exported.to_bytes(), options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+
+
+def test_convolutions_for_onnxruntime_run_in_integers(tmp_path):
+    ones, zeros = np.ones(8, np.float32), np.zeros(8, np.float32)
+    program = layer_then_quantize(0.05 * ones, 0.3 * ones)
+    assert "QLinearConv" in optimized_kinds(onnx_qdq(program, runtime="onnxruntime"), tmp_path)
+    assert "QLinearConv" not in optimized_kinds(onnx_qdq(program), tmp_path)
+    without_bias = layer_then_quantize(0.05 * ones, zeros)
+    assert "QLinearConv" in optimized_kinds(onnx_qdq(without_bias, smallest=8), tmp_path)
+
+
+def test_matrix_products_for_onnxruntime_run_in_integers(tmp_path):
+    kinds = optimized_kinds(onnx_qdq(on_weights(Uniform(4, signed=True)), runtime="onnxruntime"), tmp_path)
+    assert "MatMulIntegerToFloat" in kinds
+
+
+@pytest.mark.parametrize("runtime", ["any", "onnxruntime"])
+@pytest.mark.parametrize("tiny", [0.0, 1e-14, 1e-3], ids=["none", "below-the-bias", "small"])
+def test_channels_that_batch_norm_turns_round_or_off_keep_their_biases(runtime, tiny):
+    scale = np.float32([0.05, -0.05, tiny, -tiny, 0.04, 0.03, -0.02, 0.01])
+    program = layer_then_quantize(scale, np.float32([0.3, 0.31, 1.3, 2.7, 0.0, -0.2, 1.1, 3.0]))
+    x = np.random.default_rng(1).normal(1, 1, (4, 3, 9, 9)).astype(np.float32)
+    expected = Executor(program)(x)
+
+    (found,) = in_onnxruntime(onnx_qdq(program, runtime=runtime), x, [], optimizations=OPTIMIZED)
+
+    assert (found != expected).mean() <= (BIAS_TIES if runtime == "onnxruntime" else 0)
+    assert np.abs(found - expected).max() <= 0.25 * (1 + ULP)
+
+
+def test_weights_are_stored_in_the_narrowest_type_once():
+    network = lowered("shared_cnn")
+    model = onnx_qdq(network.program).model
+    for name, weight in network.program.weights.items():
+        stored = [tensor for key, tensor in model.graph.initializers.items() if key.startswith(name)]
+        assert len(stored) == 1
+        reach = max(-weight.grid.level_min - 1, weight.grid.level_max)
+        bits = 4 if reach < 8 else 8 if reach < 128 else 16
+        elements = int(np.prod(weight.shape))
+        assert stored[0].const_value.nbytes == -(-elements * bits // 8)
+
+
+def test_no_node_is_left_unread():
+    for export in (onnx_qdq, qonnx):
+        graph = export(lowered("digits_cnn").program).model.graph
+        assert [
+            node.name for node in graph if not any(v.uses() or v in graph.outputs for v in node.outputs)
+        ] == []
+
+
+def test_a_network_is_lowered_on_the_way():
+    network = lowered("digits_cnn")
+    for export in (onnx_qdq, qonnx):
+        assert export(network.graph).to_bytes() != b""
+        about = dict(network.program.about)
+        assert export(replace(network.program, about={})).to_bytes() == export(network.graph).to_bytes()
+        assert about == {"network": "digits_cnn"}
+
+
+def test_powers_of_two_are_the_only_scales_where_asked():
+    network = lowered("digits_cnn")
+    exported = qonnx(network.graph, power_of_two=True)
+    initializers = exported.model.graph.initializers
+    quantizers = [node for node in exported.model.graph if node.op_type in ("IntQuant", "BipolarQuant")]
+    scales = [initializers[node.inputs[1].name].const_value.numpy() for node in quantizers]
+    assert len(scales) == len(network.graph.profile.sites)
+    assert all((np.frexp(scale)[0] == 0.5).all() for scale in scales)
+
+    rounded = power_of_two_steps(network.graph)
+    expected = Executor(lower(rounded))(network.x)
+    (found,) = in_qonnx(qonnx(network.graph, power_of_two=True, batch=2), network.x, [])
+    assert np.abs(found - expected).max() <= LOGITS * np.abs(expected).max()
+
+
+def test_the_steps_of_a_program_cannot_become_powers_of_two():
+    with pytest.raises(
+        ValueError, match=r"input@quantized: its step 0\.\d+ is no power of two.* Export from"
+    ):
+        qonnx(lowered("digits_cnn").program, power_of_two=True)
+
+
+@pytest.mark.parametrize(
+    "export",
+    [
+        partial(onnx_qdq, runtime="tensorrt"),
+        partial(onnx_qdq, smallest=3),
+        partial(qonnx, node="QuantLinear"),
+        partial(qonnx, batch=0),
+    ],
+    ids=["runtime", "smallest", "node", "batch"],
+)
+def test_targets_that_do_not_exist_are_refused(export):
+    with pytest.raises(ValueError, match="no such"):
+        export(lowered("digits_cnn").program)
+
+
+def test_the_notes_say_what_runs_in_float():
+    notes = " ".join(onnx_qdq(lowered("digits_cnn").program).notes)
+    assert "4-bit weights" in notes
+    assert "--for onnxruntime" in notes
+    assert "4-bit weights" not in " ".join(
+        onnx_qdq(lowered("digits_cnn").program, runtime="onnxruntime").notes
+    )
 
 
 def test_the_batch_is_open():
@@ -228,7 +359,14 @@ FORMATS = {
     "qonnx": (qonnx, in_qonnx),
     "quant": (partial(qonnx, node="Quant"), in_qonnx),
 }
-every_format = pytest.mark.parametrize(("export", "run"), FORMATS.values(), ids=FORMATS)
+RARE = ("int2", "quant")
+every_format = pytest.mark.parametrize(
+    ("export", "run"),
+    [
+        pytest.param(*format_, id=name, marks=pytest.mark.slow if name in RARE else ())
+        for name, format_ in FORMATS.items()
+    ],
+)
 ULP = 2.0**-23  # of a value: the definition rounds once, a format may round twice
 
 

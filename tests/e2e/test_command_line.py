@@ -14,12 +14,17 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from mixbits.cli.main import main
+from mixbits.data.open import open_dataset
 from mixbits.fit.recipe import Recipe
+from mixbits.fit.stages import network_of
 from mixbits.pack.artifact import read_program
 from mixbits.zoo import digits_cnn
 
@@ -271,6 +276,72 @@ def test_damaged_model_is_refused(finished: Path, tmp_path: Path, capsys: pytest
     damaged.write_bytes((finished / "model.mixbits").read_bytes()[:-100])
     assert main(["run", str(damaged), "--data", "digits"]) == 2
     assert str(damaged) in capsys.readouterr().err
+
+
+def predictions(model: Path, images: np.ndarray) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    run = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run
+    return run(None, {"input": images})[0].argmax(-1)
+
+
+@pytest.mark.parametrize("options", [[], ["--for", "onnxruntime"]], ids=["any", "onnxruntime"])
+def test_exported_model_predicts_what_the_trained_network_predicts_for_every_test_image(
+    options: list[str], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "model.onnx"
+    assert main(["export", str(finished), "--to", "onnx", "--out", str(out), *options]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{out}: {out.stat().st_size} bytes\n- weights: ")
+    test = open_dataset("digits").test
+    images, _ = test.take(np.arange(len(test)))
+    with torch.no_grad():
+        expected = network_of(finished)(torch.from_numpy(images)).argmax(-1).numpy()
+    assert (predictions(out, images) == expected).all()
+
+
+def test_export_for_fpga_tools(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "model.onnx"
+    arguments = ["export", str(finished), "--to", "qonnx", "--power-of-two", "--out", str(out)]
+    assert main(arguments) == 0
+    assert "powers of two" in capsys.readouterr().out
+    assert {"IntQuant"} == {n.op_type for n in onnx.load(out).graph.node if n.domain.startswith("qonnx")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["RUN/nothing", "--to", "onnx"], "no such file"),
+        (["RUN/stages", "--to", "onnx"], "holds no model.mixbits; finish the run"),
+        (["RUN/recipe.json", "--to", "onnx"], "recipe.json"),
+        (["RUN", "--to", "qonnx", "--for", "onnxruntime"], "--for and --smallest are for --to onnx"),
+        (["RUN", "--to", "onnx", "--power-of-two"], "are for --to qonnx"),
+        (["RUN/model.mixbits", "--to", "qonnx", "--power-of-two"], "is no power of two"),
+    ],
+    ids=["missing", "not-a-run", "not-a-model", "for", "power-of-two", "packed"],
+)
+def test_what_cannot_be_exported_is_one_message(
+    arguments: list[str],
+    message: str,
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "model.onnx"
+    arguments = [word.replace("RUN", str(finished)) for word in arguments]
+    assert main(["export", *arguments, "--out", str(out)]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_export_without_its_extra_says_what_to_install(finished: Path, tmp_path: Path) -> None:
+    code = "import sys; sys.modules['onnx_ir'] = None; from mixbits.cli.main import main; sys.exit(main())"
+    arguments = ["export", str(finished), "--to", "onnx", "--out", str(tmp_path / "model.onnx")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "pip install 'mixbits[onnx]'" in done.stderr
 
 
 def test_disk_that_fills_up_is_said_and_the_run_goes_on_later(tmp_path: Path) -> None:

@@ -36,13 +36,14 @@ def main(arguments: list[str]) -> None:
     from mixbits.export import onnx_qdq, qonnx  # here, so that --help works without the extra
 
     if chosen.to == "onnx":
-        if chosen.power_of_two:
-            raise ValueError("--power-of-two is for --to qonnx")
+        if chosen.power_of_two or chosen.node != "IntQuant" or chosen.batch != 1:
+            raise ValueError("--power-of-two, --node and --batch are for --to qonnx")
         exported = onnx_qdq(_program(chosen.model), runtime=chosen.runtime, smallest=chosen.smallest)
     else:
-        if chosen.runtime != "any":
-            raise ValueError("--for is for --to onnx")
-        network = network_of(chosen.model) if chosen.power_of_two else _program(chosen.model)
+        if chosen.runtime != "any" or chosen.smallest != 4:
+            raise ValueError("--for and --smallest are for --to onnx")
+        from_run = chosen.power_of_two and chosen.model.is_dir()
+        network = network_of(chosen.model) if from_run else _program(chosen.model)
         exported = qonnx(network, power_of_two=chosen.power_of_two, node=chosen.node, batch=chosen.batch)
     size = exported.write(chosen.out)
     sys.stdout.write(f"{chosen.out}: {size} bytes\n" + "".join(f"- {note}\n" for note in exported.notes))

@@ -234,6 +234,8 @@ class _Exporter:
             yield "bipolar activations of 2 bits or more stand one step aside: Sub, quantizer, Add"
         if "codebook" in self.seen:
             yield "activations on codebooks are standard ONNX nodes, which FPGA compilers do not read"
+        if self.power_of_two:
+            yield "all scales are powers of two; where steps were rounded to that, measure accuracy again"
         if "factor" in self.seen:
             what = "what is no power of two" if self.power_of_two else "the signs"
             yield f"batch norm's factors, {what}, are a Mul behind the layer"
