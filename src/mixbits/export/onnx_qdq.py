@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from mixbits.core import grid as grids
 from mixbits.core.grid import Codebook, Grid, Uniform, grid_from_json
-from mixbits.core.infer import largest_level
 from mixbits.core.instructions import INSTRUCTIONS
 from mixbits.core.program import Instruction, Program
+from mixbits.export.integer_kernels import bias_error, fitted_weights, level_limit
 from mixbits.export.onnx_graph import Exported, OnnxGraph
 from mixbits.export.operations import FLOAT, MOVES, ON_FLOATS, Call
 from mixbits.export.quantizing import (
@@ -47,10 +47,7 @@ CONTAINERS = {
 # Operator set and format version in which the smallest type exists.
 VERSIONS = {8: (21, 10), 4: (21, 10), 2: (25, 13)}
 LAYERS = ("conv1d", "conv2d", "linear")
-# x86 processors without VNNI add two products of a uint8 and an int8 in saturating int16.
-PAIR_LIMIT = 2**15 - 1
-LARGEST_BIAS = 2**30  # in accumulator units: well inside the int32 that onnxruntime holds biases in
-FINE_BIAS = 2**24  # accumulator units of the bias of a channel whose weights do not matter
+BIAS_ERROR = 1 / 16  # steps of the quantized result that rounding may move a bias by, in integer kernels
 
 
 @dataclass(frozen=True)
@@ -311,7 +308,7 @@ class _Exporter:
             return graph.op("Add", y, graph.constant(bias, name=attrs["bias"]))
         x = self._float(name)
         before, after = zip(*attrs["padding"], strict=True)
-        inside = self.runtime == "onnxruntime" and self._bias_fits(bias, scale, name)
+        inside = self.runtime == "onnxruntime" and self._bias_rounds_well(step, scale)
         inner = graph.constant(bias, name=attrs["bias"]) if inside and bias.any() else None
         y = graph.op(
             "Conv",
@@ -329,35 +326,40 @@ class _Exporter:
         return graph.op("Add", y, graph.constant(channel, name=attrs["bias"]))
 
     def _levels(self, step: Instruction) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
-        """Levels [O, ...] of a layer's weight and the float scale of each channel.
-
-        For onnxruntime the levels are multiplied by a power of two, and the scale divided: it rounds biases
-        to int32 in units of an integer sum's least step, which becomes that much finer. They stay small
-        enough that no pair of products saturates. A channel of scale zero gets a scale that is good for its
-        bias.
-        """
+        """Levels [O, ...] of a layer's weight and the step of each channel, batch norm included."""
         attrs, (name,) = step.attrs, step.inputs
-        weight = self.program.weights[attrs["weight"]]
-        levels = unpack_weight(attrs["weight"], weight).levels
-        size = self.steps[self.origins[name]]
-        scale = weight_steps(self.program.constants[attrs["scale"]], size)
+        levels = unpack_weight(attrs["weight"], self.program.weights[attrs["weight"]]).levels
+        size, constants = self.steps[self.origins[name]], self.program.constants
+        steps = weight_steps(constants[attrs["scale"]], size)
         if self.runtime != "onnxruntime":
-            return levels, scale
+            return levels, steps
         grid = self.graph.specs[name].grid
         assert grid is not None, "a layer reads codes"
-        if pair_limit(grid) < largest_level(weight.grid):
+        limit = level_limit(grid)
+        if limit < np.abs(levels).max(initial=0) <= grids.level_count(7):  # above, the layer runs in float
             self.seen["saturating"] += 1
-        factor = largest_factor(weight.grid, grid)
-        off = scale == 0
-        bias = np.abs(self.program.constants[attrs["bias"]])
-        units = np.where(bias > 0, bias / (size * FINE_BIAS), 1).astype(np.float32)
-        levels = np.where(off.reshape(-1, *(1,) * (levels.ndim - 1)), 0, levels * factor)
-        return levels.astype(np.int16), np.where(off, units, scale / np.float32(factor))
+        return fitted_weights(levels, steps, constants[attrs["bias"]], input_step=size, limit=limit)
 
-    def _bias_fits(self, bias: NDArray[np.float32], scale: NDArray[np.float32], name: str) -> bool:
-        """Whether int32 holds the biases in units of a layer's integer sums."""
-        unit = np.abs(scale.astype(np.float64)) * self.steps[self.origins[name]]
-        return bool((np.abs(bias) <= unit * LARGEST_BIAS).all())
+    def _bias_rounds_well(self, step: Instruction, steps: NDArray[np.float32]) -> bool:
+        """Whether a convolution whose result is quantized keeps its biases well enough in integers."""
+        read = {step.output}
+        for other in self.program.instructions:
+            if other.op in ("clamp", "relu") and other.inputs[0] in read:
+                read.add(other.output)
+        finest = min(
+            (
+                self.steps[q.output]
+                for q in self.producers.values()
+                if q.op == "quantize" and q.inputs[0] in read
+            ),
+            default=np.inf,  # it stays float, and so do its biases
+        )
+        bias = self.program.constants[step.attrs["bias"]]
+        error = bias_error(bias, steps, self.steps[self.origins[step.inputs[0]]])
+        if finest < np.inf and error > finest * BIAS_ERROR:
+            self.seen["float bias"] += 1
+            return False
+        return True
 
     def _weight(self, name: str, levels: NDArray[np.int16], dtype: ir.DataType) -> ir.Value:
         """The initializer of a weight, one for all layers that read it in the same layout."""
@@ -411,8 +413,13 @@ class _Exporter:
             yield (
                 "onnxruntime 1.31 runs a convolution in integers where its result is quantized at once; one "
                 "that is added to something first runs in float. It rounds the biases of the former to int32 "
-                "units of the integer sums: up to half a unit, which can move a value across a tie"
+                "units of the integer sums, which moves some values across a tie"
             )
+            if seen["float bias"]:
+                yield (
+                    f"{seen['float bias']} convolutions run in float all the same, as rounding would move "
+                    f"a bias by more than 1/{round(1 / BIAS_ERROR)} of the step of their result"
+                )
             if seen["saturating"]:
                 yield (
                     f"{seen['saturating']} layers have 8-bit weights and 8-bit inputs: on x86 processors "
@@ -434,24 +441,6 @@ def _range(dtype: ir.DataType) -> tuple[int, int]:
     signed = dtype.name.startswith("INT")
     whole = Uniform(min(dtype.bitwidth, grids.MAX_BITS), signed=signed)
     return whole.level_min, whole.level_max
-
-
-def pair_limit(activation: Grid) -> int:
-    """The largest weight level of which no pair of products saturates int16.
-
-    Signed inputs count as 255, because onnxruntime shifts them to unsigned where signed ones are slow.
-    """
-    return PAIR_LIMIT // (2 * (255 if activation.level_min < 0 else activation.level_max))
-
-
-def largest_factor(weight: Grid, activation: Grid) -> int:
-    """The largest power of two that keeps a weight's levels within int8 and :func:`pair_limit`, at least 1.
-
-    >>> [largest_factor(Uniform(b, signed=True), Uniform(8, signed=False)) for b in (2, 7, 8)]
-    [32, 1, 1]
-    """
-    most = min(127, pair_limit(activation)) // largest_level(weight)
-    return 1 << max(most.bit_length() - 1, 0)
 
 
 assert set(LAYERS) | {"quantize"} | set(MOVES) | set(ON_FLOATS) == set(INSTRUCTIONS)
