@@ -113,6 +113,11 @@ def activation_grids(network: Lowered) -> dict[str, Grid]:
     return {name: quantizers[name].freeze().grid for name in sites}
 
 
+def signed_integers(grid: Grid) -> bool:
+    """Whether an exporter takes integers below 0 for a grid; one bipolar bit is 0 and 1."""
+    return grid.level_min < 0 and grid != Uniform(1, signed=True, form="bipolar")
+
+
 def levels_of_integers(integers: np.ndarray, grid: Grid) -> np.ndarray:
     """The level that an exported integer stands for."""
     if isinstance(grid, Codebook):
@@ -133,8 +138,9 @@ def test_onnxruntime_computes_what_the_fake_quantized_network_computes(name, run
         exported, network.x, [f"{site}@quantized" for site in grids], optimizations=optimizations
     )
 
+    unsigned = runtime == "onnxruntime"  # its integers are, around 128
     levels = {
-        site: levels_of_integers(found, grid)
+        site: levels_of_integers(found - 128 if unsigned and signed_integers(grid) else found, grid)
         for (site, grid), found in zip(grids.items(), integers, strict=True)
     }
     agree(network, logits, levels, BIAS_TIES if runtime == "onnxruntime" else TIES)
@@ -211,9 +217,11 @@ def test_convolutions_for_onnxruntime_run_in_integers(tmp_path):
     assert "QLinearConv" in optimized_kinds(onnx_qdq(without_bias, smallest=8), tmp_path)
 
 
-def test_matrix_products_for_onnxruntime_run_in_integers(tmp_path):
-    kinds = optimized_kinds(onnx_qdq(on_weights(Uniform(4, signed=True)), runtime="onnxruntime"), tmp_path)
-    assert "MatMulIntegerToFloat" in kinds
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+def test_matrix_products_for_onnxruntime_run_in_integers(signed, bits, tmp_path):
+    program = on_weights(Uniform(4, signed=True), Uniform(bits, signed=signed))
+    assert "MatMulIntegerToFloat" in optimized_kinds(onnx_qdq(program, runtime="onnxruntime"), tmp_path)
 
 
 @pytest.mark.parametrize("runtime", ["any", "onnxruntime"])
@@ -334,14 +342,14 @@ def on_activations(grid: Grid, step: float) -> Program:
     return Program((len(HALVES),), "codes", (quantize,), {}, {"step": np.float32(step).reshape(())})
 
 
-def on_weights(grid: Grid) -> Program:
+def on_weights(grid: Grid, activation: Grid = Uniform(8, signed=True)) -> Program:  # noqa: B008  frozen
     """All levels of the grid, times an input of one step; batch norm turns some channels round."""
     codes = np.arange(len(grid.levels), dtype=np.uint8)
     scale = (np.where(codes % 3 == 1, -1, 1) * 0.21).astype(np.float32)
     step = np.asarray(0.3, np.float32)
     constants = {"step": step, "scale": scale, "bias": codes.astype(np.float32)}
     weight = PackedWeight((len(codes), 1), grid, pack(codes, grid.bits))
-    attrs = {"grid": grid_to_json(Uniform(8, signed=True)), "step": "step"}
+    attrs = {"grid": grid_to_json(activation), "step": "step"}
     layer = {"weight": "w", "scale": "scale", "bias": "bias"}
     steps = (
         Instruction("quantize", "input", ("input",), "codes", attrs),

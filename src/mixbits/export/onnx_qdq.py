@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -22,7 +22,7 @@ from mixbits.core.instructions import INSTRUCTIONS
 from mixbits.core.program import Instruction, Program
 from mixbits.export.integer_kernels import bias_error, fitted_weights, level_limit
 from mixbits.export.onnx_graph import Exported, OnnxGraph
-from mixbits.export.operations import FLOAT, MOVES, ON_FLOATS, Call
+from mixbits.export.operations import MOVES, ON_FLOATS, Call
 from mixbits.export.quantizing import (
     code_origins,
     codebook_codes,
@@ -52,11 +52,12 @@ BIAS_ERROR = 1 / 16  # steps of the quantized result that rounding may move a bi
 
 @dataclass(frozen=True)
 class Codes:
-    """Integers in the graph: their real value is ``step * integer + offset``, within ``limits``."""
+    """Integers in the graph: they mean ``step * (integer - zero) + offset``, within ``limits``."""
 
     integers: ir.Value
     dtype: ir.DataType
     step: float
+    zero: int = 0
     offset: float = 0.0
     limits: tuple[int, int] | None = None  # integers beyond are not levels, but the type holds them
 
@@ -120,9 +121,8 @@ class _Exporter:
         self.graph.name(value, step.output)
         self.floats[step.output] = value
 
-    def _call(self, step: Instruction, dtype: np.dtype[Any] = FLOAT) -> Call:
-        shapes = [self.graph.specs[name].shape for name in step.inputs]
-        return Call(self.graph, step.attrs, shapes, dtype)
+    def _call(self, step: Instruction) -> Call:
+        return Call(self.graph, step.attrs, [self.graph.specs[name].shape for name in step.inputs])
 
     # --- activations ---------------------------------------------------------------------------------------
 
@@ -172,11 +172,11 @@ class _Exporter:
             name = step.attrs["step"]
             number = self.graph.constant(size, name=name)
             codes, bits = codebook_codes(self.graph, self._float(step.inputs[0]), number, grid)
-            dtype = self._container(grid.level_min, grid.level_max, at_least=8)
-            table = self.graph.constant(level_table(grid, bits), dtype.numpy())
+            dtype, zero = self._activation_type(grid.level_min, grid.level_max, at_least=8)
+            table = self.graph.constant(level_table(grid, bits) + zero, dtype.numpy())
             levels = self.graph.op("Gather", table, codes)
             self.graph.name(levels, step.output)
-            return Codes(levels, dtype, size)
+            return Codes(levels, dtype, size, zero)
         if grid.form == "bipolar":
             return self._quantize_bipolar(step, grid, size)
         name, low, high = self._without_clamp(step, grid, size)
@@ -228,21 +228,31 @@ class _Exporter:
         8-bit integers are clipped as integers. 4-bit ones cannot be: their floats are, behind
         DequantizeLinear, as onnxruntime 1.31 does not load a float Clip in front of a 4-bit QuantizeLinear.
         """
-        at_least = 8 if step.output in self.wide else 0
-        dtype = self._container(range_of.level_min, range_of.level_max, at_least=at_least)
-        zero = self.graph.constant(0, dtype.numpy())
-        integers = self.graph.op("QuantizeLinear", x, self.graph.constant(size), zero)
-        if limits == _range(dtype):
-            self.graph.name(integers, step.output)
-            return Codes(integers, dtype, size, offset)
-        self.seen[f"clip{dtype.bitwidth}"] += 1
-        if dtype.bitwidth < 8:
-            self.graph.name(integers, step.output)
-            return Codes(integers, dtype, size, offset, limits)
-        low, high = (self.graph.constant(limit, dtype.numpy()) for limit in limits)
-        clipped = self.graph.op("Clip", integers, low, high)
-        self.graph.name(clipped, step.output)
-        return Codes(clipped, dtype, size, offset)
+        dtype, zero = self._activation_type(
+            range_of.level_min, range_of.level_max, at_least=8 if step.output in self.wide else 0
+        )
+        number = self.graph.constant(zero, dtype.numpy())
+        integers = self.graph.op("QuantizeLinear", x, self.graph.constant(size), number)
+        low, high = (limit + zero for limit in limits)
+        whole = (low, high) == _range(dtype)
+        if not whole:
+            self.seen[f"clip{dtype.bitwidth}"] += 1
+        if not whole and dtype.bitwidth >= 8:
+            least, most = (self.graph.constant(limit, dtype.numpy()) for limit in (low, high))
+            integers, whole = self.graph.op("Clip", integers, least, most), True
+        self.graph.name(integers, step.output)
+        return Codes(integers, dtype, size, zero, offset, None if whole else limits)
+
+    def _activation_type(self, low: int, high: int, *, at_least: int) -> tuple[ir.DataType, int]:
+        """The type of an activation's integers and its zero point.
+
+        onnxruntime's matrix products for x86 want unsigned inputs. It makes signed ones unsigned itself, but
+        not where a Clip stands between the quantizers.
+        """
+        dtype = self._container(low, high, at_least=at_least)
+        if self.runtime == "onnxruntime" and dtype == ir.DataType.INT8:
+            return ir.DataType.UINT8, grids.level_count(grids.MAX_BITS) // 2
+        return dtype, 0
 
     def _is_shifted_pad(self, step: Instruction) -> bool:
         """Whether zeros are added to codes of which no integer is zero."""
@@ -257,9 +267,10 @@ class _Exporter:
             self._keep(step, MOVES[step.op](self._call(step), self.floats[name]))
             return
         codes = self.codes[name]
-        moved = MOVES[step.op](self._call(step, np.dtype(codes.dtype.numpy())), codes.integers)
+        call = replace(self._call(step), dtype=np.dtype(codes.dtype.numpy()), zero=codes.zero)
+        moved = MOVES[step.op](call, codes.integers)
         self.graph.name(moved, step.output)
-        self.codes[step.output] = Codes(moved, codes.dtype, codes.step, codes.offset, codes.limits)
+        self.codes[step.output] = replace(codes, integers=moved)
 
     def _float(self, name: str, *, shifted: bool = True) -> ir.Value:
         """A value in float32, dequantized once however often it is read; without its offset if so asked."""
@@ -267,7 +278,7 @@ class _Exporter:
         if codes is None or (shifted and name in self.floats):
             return self.floats[name]
         if name not in self.dequantized:
-            zero = graph.constant(0, codes.dtype.numpy())
+            zero = graph.constant(codes.zero, codes.dtype.numpy())
             x = graph.op("DequantizeLinear", codes.integers, graph.constant(codes.step), zero)
             if codes.limits is not None:
                 low, high = (graph.constant(limit * codes.step) for limit in codes.limits)

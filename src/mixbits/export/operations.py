@@ -29,6 +29,7 @@ class Call:
     attrs: Mapping[str, Any]
     shapes: Sequence[tuple[int, ...]]
     dtype: np.dtype[Any] = FLOAT  # of the elements: float32, or what codes are stored in
+    zero: int = 0  # the element that means 0
 
     def op(self, kind: str, *inputs: ir.Value | None, **attrs: Any) -> ir.Value:
         """Add a node."""
@@ -90,7 +91,7 @@ def expand(call: Call, x: ir.Value) -> ir.Value:
 def pad(call: Call, x: ir.Value) -> ir.Value:
     """Values added around, or cut off where negative."""
     before, after = zip(*call.attrs["pads"], strict=True)
-    fill = call.number(call.attrs["value"]) if call.attrs["mode"] == "constant" else None
+    fill = call.number(call.attrs["value"] + call.zero) if call.attrs["mode"] == "constant" else None
     return call.op("Pad", x, call.graph.shape(*before, *after), fill, mode=call.attrs["mode"])
 
 
