@@ -19,8 +19,8 @@ from mixbits.quant.observe import Recorder, mse_step
 from mixbits.quant.quantizer import LearnedStep
 from mixbits.runtime import Executor
 
-PRECISION = "fixed<32,16>"  # of hls4ml's biases and sums: multiples of 2**-16
-BIAS_UNIT = 2.0**-10  # biases that it holds exactly
+PRECISION = "fixed<32,16>"  # of hls4ml's inputs and biases: multiples of 2**-16, the rest cut off
+UNIT = 2.0**-16
 
 
 def quantized(network: nn.Module, x: torch.Tensor) -> QuantGraph:
@@ -28,7 +28,7 @@ def quantized(network: nn.Module, x: torch.Tensor) -> QuantGraph:
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if name.endswith("bias"):
-                parameter.copy_((parameter / BIAS_UNIT).round() * BIAS_UNIT)
+                parameter.copy_((parameter / UNIT).round() * UNIT)
     graph = capture(network, x)
     graph.module.eval()
     recorders = {site.name: Recorder(1) for site in graph.profile.sites}
@@ -56,7 +56,7 @@ def test_emulated_circuit_equals_the_runtime_bit_for_bit(tmp_path):
         from qonnx.util.cleanup import cleanup_model  # noqa: PLC0415
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 5))
-    x = torch.randn(200, 16)
+    x = (torch.randn(200, 16) / UNIT).round() * UNIT
     graph = quantized(network, x)
     expected = Executor(lower(graph))(x.numpy())
 

@@ -401,13 +401,14 @@ class _Exporter:
             yield (
                 f"{narrow} layers have 4-bit weights: half the bytes of INT8, but onnxruntime 1.31 computes "
                 "these layers in float and dequantizes their weights at every call (a 1024 x 1024 layer took "
-                "2.5 times as long as in float with 64 rows, 12 times with one). For speed there, export with "
+                "2.5 times as long as in float with 64 rows, 12 times with one). For speed there: "
                 "--for onnxruntime"
             )
         if any(key.endswith("INT2") for key in layers):
             yield (
                 "2-bit weights: load with graph optimizations disabled (ORT_DISABLE_ALL), with which "
-                "onnxruntime 1.31 computes in float. With them it does not load such layers beside quantized activations"
+                "onnxruntime 1.31 computes in float. With them it does not load such layers beside "
+                "quantized activations, or computes something else"
             )
         if seen["clip4"] or seen["clip8"]:
             yield (
