@@ -16,8 +16,11 @@ import torch
 
 from lowered import LARGE, NETWORKS, Forced, Lowered, lowered
 from mixbits.core.grid import Codebook, Grid, Uniform, grid_to_json
+from mixbits.core.instructions import INSTRUCTIONS
 from mixbits.core.program import Instruction, PackedWeight, Program
 from mixbits.export import Exported, onnx_qdq, qonnx
+from mixbits.export.onnx_qdq import LAYERS
+from mixbits.export.operations import MOVES, ON_FLOATS, operation
 from mixbits.export.qonnx import power_of_two_steps
 from mixbits.lower import lower
 from mixbits.pack.bits import pack
@@ -222,6 +225,25 @@ def test_convolutions_for_onnxruntime_run_in_integers(tmp_path):
 def test_matrix_products_for_onnxruntime_run_in_integers(signed, bits, tmp_path):
     program = on_weights(Uniform(4, signed=True), Uniform(bits, signed=signed))
     assert "MatMulIntegerToFloat" in optimized_kinds(onnx_qdq(program, runtime="onnxruntime"), tmp_path)
+
+
+def test_clamped_inputs_of_matrix_products_are_not_quantized_anew():
+    program = on_weights(Uniform(4, signed=True), Uniform(4, signed=False))
+    clamp = Instruction("clamp", "relu6", ("input",), "clamped", {"low": 0, "high": 2.0})
+    quantize, layer = program.instructions
+    program = replace(program, instructions=(clamp, replace(quantize, inputs=("clamped",)), layer))
+    x = np.linspace(-1, 5, 50, dtype=np.float32)[:, None]
+    expected = Executor(program)(x)
+    for runtime in ("any", "onnxruntime"):
+        (found,) = in_onnxruntime(onnx_qdq(program, runtime=runtime), x, [], optimizations=OPTIMIZED)
+        assert np.abs(found - expected).max() <= 4 * ULP * np.abs(expected).max()
+
+
+def test_every_instruction_has_an_operation():
+    assert {"quantize", *LAYERS, *MOVES, *ON_FLOATS} == set(INSTRUCTIONS)
+    later = Instruction("fold_space", "layer7", (), "y")
+    with pytest.raises(ValueError, match=r"^layer7: no ONNX operation for fold_space \(have: .*relu"):
+        operation(later)
 
 
 @pytest.mark.parametrize("runtime", ["any", "onnxruntime"])

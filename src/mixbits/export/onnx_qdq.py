@@ -17,12 +17,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mixbits.core import grid as grids
-from mixbits.core.grid import Codebook, Grid, Uniform, grid_from_json
-from mixbits.core.instructions import INSTRUCTIONS
+from mixbits.core.grid import Codebook, Uniform, grid_from_json
 from mixbits.core.program import Instruction, Program
 from mixbits.export.integer_kernels import bias_error, fitted_weights, level_limit
 from mixbits.export.onnx_graph import Exported, OnnxGraph
-from mixbits.export.operations import MOVES, ON_FLOATS, Call
+from mixbits.export.operations import MOVES, Call, operation
 from mixbits.export.quantizing import (
     code_origins,
     codebook_codes,
@@ -106,11 +105,8 @@ class _Exporter:
             elif step.output in self.origins and not self._is_shifted_pad(step):
                 self._move(step)
             else:
-                table = MOVES | ON_FLOATS
-                if step.op not in table:
-                    raise ValueError(f"{step.name}: no ONNX operation for {step.op}; open an issue")
                 inputs = [self._float(name) for name in step.inputs]
-                self._keep(step, table[step.op](self._call(step), *inputs))
+                self._keep(step, operation(step)(self._call(step), *inputs))
         opset, ir_version = VERSIONS[self.smallest if self._uses_two_bits() else max(self.smallest, 4)]
         output = self._float(self.program.output)
         return self.graph.finish(
@@ -156,13 +152,15 @@ class _Exporter:
         grid = self.program.weights[step.attrs["weight"]].grid
         if self._container(grid.level_min, grid.level_max).bitwidth >= 8:
             return True
-        source = self.producers[self.origins[step.inputs[0]]]
-        return step.op == "linear" and not self._fills_its_type(grid_from_json(source.attrs["grid"]))
+        return step.op == "linear" and self._needs_clip(self.producers[self.origins[step.inputs[0]]])
 
-    def _fills_its_type(self, grid: Grid) -> bool:
-        """Whether all integers of the narrowest type are levels."""
-        limits = (grid.level_min, grid.level_max)
-        return isinstance(grid, Uniform) and grid.spacing == 1 and limits == _range(self._container(*limits))
+    def _needs_clip(self, quantize: Instruction) -> bool:
+        """Whether the narrowest type of an activation holds more integers than it has levels."""
+        grid = grid_from_json(quantize.attrs["grid"])
+        if isinstance(grid, Codebook) or grid.form == "bipolar":
+            return True
+        _, *limits = self._without_clamp(quantize, grid, self.steps[quantize.output])
+        return tuple(limits) != _range(self._container(grid.level_min, grid.level_max))
 
     def _quantize(self, step: Instruction) -> Codes:
         """Integers of a site."""
@@ -438,7 +436,7 @@ class _Exporter:
                     "without VNNI onnxruntime saturates pairs of products. Use 7 bits for one of the two"
                 )
         if seen["bipolar"]:
-            yield f"{seen['bipolar']} activations are on a bipolar grid: layers that read them run in float"
+            yield f"{seen['bipolar']} activations are on a bipolar grid: convolutions of them run in float"
         if seen["codebook"]:
             yield (
                 f"{seen['codebook']} activations are on a codebook: a binary search of compares and gathers, "
@@ -453,6 +451,3 @@ def _range(dtype: ir.DataType) -> tuple[int, int]:
     signed = dtype.name.startswith("INT")
     whole = Uniform(min(dtype.bitwidth, grids.MAX_BITS), signed=signed)
     return whole.level_min, whole.level_max
-
-
-assert set(LAYERS) | {"quantize"} | set(MOVES) | set(ON_FLOATS) == set(INSTRUCTIONS)

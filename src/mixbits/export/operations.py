@@ -15,6 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mixbits.core.infer import window_count
+from mixbits.core.program import Instruction
 from mixbits.export.onnx_graph import OnnxGraph
 from mixbits.runtime.moves import adaptive_windows
 
@@ -402,3 +403,14 @@ ON_FLOATS: dict[str, Operation] = {
     "sum": _reduction("ReduceSum"),
     "upsample_bilinear": upsample_bilinear,
 }
+
+
+def operation(step: Instruction) -> Operation:
+    """What an instruction that is no quantizer and no layer becomes, all of its inputs float."""
+    known = MOVES | ON_FLOATS
+    if step.op not in known:
+        raise ValueError(
+            f"{step.name}: no ONNX operation for {step.op} (have: {', '.join(sorted(known))}). "
+            "Write the network with one of these, or keep this operation outside the network."
+        )
+    return known[step.op]

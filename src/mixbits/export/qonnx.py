@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mixbits.core.grid import Codebook, Grid, Uniform, grid_from_json
 from mixbits.core.program import Instruction, Program
 from mixbits.export.onnx_graph import Exported, OnnxGraph
-from mixbits.export.operations import MOVES, ON_FLOATS, Call
+from mixbits.export.operations import Call, operation
 from mixbits.export.quantizing import (
     code_origins,
     codebook_codes,
@@ -114,7 +114,7 @@ class _Exporter:
                 value = exporters[step.op](step, *inputs)
             else:
                 shapes = [self.graph.specs[name].shape for name in step.inputs]
-                value = (MOVES | ON_FLOATS)[step.op](Call(self.graph, step.attrs, shapes), *inputs)
+                value = operation(step)(Call(self.graph, step.attrs, shapes), *inputs)
             self.graph.name(value, step.output)
             self.values[step.output] = value
         return self.graph.finish(
