@@ -72,14 +72,18 @@ std::size_t LayerStep::scratch_bytes() const {
 }
 
 bool LayerStep::run(const Frame& frame) const {
-  const int rows = strip_rows();
-  const std::int64_t strips = ceil_div(conv.out_h, rows);
-  // Too few strips for the threads: they split the channels, and each makes the kernel's preparations itself.
-  int channels = outputs();
-  if (images * strips < frame.parts && conv.groups == 1) {
-    channels = round_up(static_cast<int>(ceil_div(outputs(), ceil_div(frame.parts, images * strips))),
-                        kChannelBlock);
+  int rows = strip_rows(), channels = outputs();
+  if (images * ceil_div(conv.out_h, rows) < frame.parts) {
+    // Too few strips for the threads. They split the channels where weights are what is read most, and each
+    // makes the kernel's preparations itself; else the rows.
+    const auto map_bytes = static_cast<std::size_t>(conv.in_h) * conv.row_bytes();
+    if (conv.groups == 1 && outputs() >= frame.parts * kChannelBlock && weights.size() > map_bytes) {
+      channels = round_up(static_cast<int>(ceil_div(outputs(), frame.parts)), kChannelBlock);
+    } else {
+      rows = std::min(rows, round_up(static_cast<int>(ceil_div(conv.out_h, frame.parts)), kernel->rows_step));
+    }
   }
+  const std::int64_t strips = ceil_div(conv.out_h, rows);
   // A row whose sums are too many is cut into channels too, by kernels that have nothing to prepare for it.
   const std::int64_t pixel_room =
       kAccBytes / (static_cast<std::int64_t>(sizeof(std::int32_t)) * rows * conv.out_w);
