@@ -129,13 +129,15 @@ def read_latency(path: Path) -> LatencyTable:
         weights, activations = (
             tuple(int(bits) for bits in fields.pop(key)) for key in ("weight_bits", "activation_bits")
         )
-        numbers = {key: int(fields.pop(key)) for key in ("threads", "batch", "rest_ns")}
+        threads, batch, rest_ns = (int(fields.pop(key)) for key in ("threads", "batch", "rest_ns"))
         table = LatencyTable(
             **fields,
-            **numbers,
+            threads=threads,
+            batch=batch,
             weight_bits=weights,
             activation_bits=activations,
             layers=layers,
+            rest_ns=rest_ns,
             file=str(path),
         )
     except (KeyError, TypeError, ValueError) as error:
