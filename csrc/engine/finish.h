@@ -81,6 +81,7 @@ struct Finisher {
 extern const Finisher kFinishPortable;
 #if defined(__x86_64__)
 extern const Finisher kFinishAvx512;
+extern const Finisher kFinishAvx2;
 #endif
 
 // The best that is usable here.

@@ -68,6 +68,7 @@ const Finisher kFinishPortable = {.isa = Isa::portable, .finish = finish, .round
 const Finisher& finisher() {
 #if defined(__x86_64__)
   if (usable(Isa::avx512)) return kFinishAvx512;
+  if (usable(Isa::avx2)) return kFinishAvx2;
 #endif
   return kFinishPortable;
 }

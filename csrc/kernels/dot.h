@@ -59,12 +59,12 @@ inline Storage storage_of(const Conv& conv, const Form& form) {
   return s;
 }
 
-// Whether pixels of 1 to 3 channels are put side by side: then a step holds bytes of two or more.
+// Whether pixels of 1 to 3 channels are put side by side: then a step holds values of two or more.
 inline bool narrow(const Conv& conv, const Form& form) {
-  const bool fewer = ceil_div(conv.kw * conv.c, kStep) < conv.kw;
+  const bool fewer = ceil_div(conv.kw * conv.c * form.value_bytes, kStep) < conv.kw * form.value_bytes;
   // The last step may reach past the window, where weights must be 0, as zeroed memory is without a shift.
-  return form.value_bytes == 1 && conv.groups == 1 && conv.pixel_stride == kStep && conv.dilation_x == 1 &&
-         fewer && storage_of(conv, form).shift == 0;
+  return conv.groups == 1 && conv.pixel_stride == kStep && conv.dilation_x == 1 && fewer &&
+         storage_of(conv, form).shift == 0;
 }
 
 // Whether steps reach bytes that are not of the window, so that weights of 0 must be there. (Bytes of a pixel

@@ -23,7 +23,7 @@ bool cpu_has(Isa isa) {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   switch (isa) {
     case Isa::portable: return true;
-    case Isa::avx2: return __builtin_cpu_supports("avx2");
+    case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     case Isa::avx512: return avx512;
     case Isa::avx512vnni: return avx512 && __builtin_cpu_supports("avx512vnni");
     case Isa::avx512popcnt:

@@ -8,7 +8,7 @@ namespace mixbits {
 // A kernel's file is called family_SUFFIX.cpp, and CMakeLists.txt gives it the flags of its suffix.
 enum class Isa : std::uint8_t {
   portable,      // C++ alone
-  avx2,          // AVX2
+  avx2,          // AVX2 and FMA
   avx512,        // AVX-512 F, BW, VL, DQ
   avx512vnni,    // and VNNI
   avx512popcnt,  // and VPOPCNTDQ, BITALG

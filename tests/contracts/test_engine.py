@@ -245,6 +245,21 @@ def test_rounding_is_that_of_a_division_at_every_threshold(grid):
         np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.parametrize("level", ["portable", "avx2"])
+def test_roundings_of_lower_levels_pass_the_same_tests(level):
+    names = "division_at_every_threshold or not_a_number or (random_widths and resnet20)"
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", names],
+        env={**os.environ, "MIXBITS_ISA": level},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "does not have it" in ran.stdout:
+        pytest.skip(f"this CPU has no {level}")
+    assert ran.returncode == 0, ran.stdout
+
+
 def test_what_is_not_a_number_is_refused_with_the_name_of_the_layer(small):
     bias = next(name for name in small.constants if name.endswith("/bias"))
     lost = {bias: np.full_like(small.constants[bias], np.nan)}
