@@ -66,11 +66,14 @@ bool finish(const Finish& f, const Strip& strip) {
 const Finisher kFinishPortable = {.isa = Isa::portable, .finish = finish, .round = round};
 
 const Finisher& finisher() {
+  static const Finisher& best = []() -> const Finisher& {
 #if defined(__x86_64__)
-  if (usable(Isa::avx512)) return kFinishAvx512;
-  if (usable(Isa::avx2)) return kFinishAvx2;
+    if (usable(Isa::avx512)) return kFinishAvx512;
+    if (usable(Isa::avx2)) return kFinishAvx2;
 #endif
-  return kFinishPortable;
+    return kFinishPortable;
+  }();
+  return best;
 }
 
 }  // namespace mixbits
