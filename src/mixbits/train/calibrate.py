@@ -25,7 +25,7 @@ from mixbits.quant.observe import mse_step
 from mixbits.quant.quantizer import LearnedStep, Quantizer
 from mixbits.quant.rounding import compensated_levels
 from mixbits.search.greedy import Choices
-from mixbits.train.method import full_grid
+from mixbits.train.method import usual_grid
 from mixbits.train.task import Batches
 
 ROWS = 16384  # input rows of a layer from which second moments are taken
@@ -156,7 +156,7 @@ def sensitivity(graph: QuantGraph, observed: Observed, allowed: Choices) -> dict
     harm: dict[str, dict[int, float]] = {}
     for site in graph.profile.sites:
         name, widths = site.name, allowed.widths[site.name]
-        grids = [full_grid(site, bits) for bits in widths]
+        grids = [usual_grid(site, bits) for bits in widths]
         if site.kind == "weight":
             moments, gain = observed.moments[name], observed.gain[name]
             errors = _rounding_errors(graph.weight(name).detach().to(moments), moments, grids)

@@ -49,12 +49,17 @@ class Target:
 
 
 def full_grid(site: Site, bits: int) -> Uniform:
-    """The uniform grid that uses all codes; one bit of a signed tensor is -1/+1.
+    """The uniform grid that uses all codes; one bit of a signed tensor is -1/+1."""
+    return Uniform(bits, site.signed, "bipolar" if site.signed and bits == 1 else "full")
 
-    Weights of 2 bits are on -3, -1, 1, 3, which fit them better than -2, -1, 0, 1 (docs/decisions/0004).
+
+def usual_grid(site: Site, bits: int) -> Uniform:
+    """The grid of a width where a method has none of its own: :func:`full_grid` but for weights of 2 bits.
+
+    Those are on -3, -1, 1, 3, which fit them better than -2, -1, 0, 1 (docs/decisions/0004).
     """
-    odd = site.signed and bits <= (2 if site.kind == "weight" else 1)
-    return Uniform(bits, site.signed, "bipolar" if odd else "full")
+    odd = site.signed and site.kind == "weight" and bits == 2
+    return Uniform(bits, True, "bipolar") if odd else full_grid(site, bits)
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Learned:
 
     graph: QuantGraph
     bits: Mapping[str, float]
-    grid_of: Callable[[Site, int], Grid] = full_grid
+    grid_of: Callable[[Site, int], Grid] = usual_grid
     frozen: Mapping[str, Frozen] = field(default_factory=dict)
     fill: bool = True  # spend what is left of the budget on wider sites
 
