@@ -24,7 +24,7 @@ from mixbits.fit.stages import build_network
 from mixbits.graph.quant_graph import QuantGraph, capture
 from mixbits.lower.untrained import lower_untrained
 from mixbits.runtime.latency import measure_latency, predicted_ms
-from mixbits.train.method import full_grid
+from mixbits.train.method import usual_grid
 
 UNIFORM = (8, 4, 2)  # bits shown beside float
 
@@ -88,7 +88,7 @@ def _measured(graph: QuantGraph, chosen: ProfileNetwork) -> LatencyTable:
     profile = graph.profile
 
     def grid_of(site: str, bits: int) -> Grid:
-        return full_grid(profile.site(site), bits)
+        return usual_grid(profile.site(site), bits)
 
     return measure_latency(
         lower_untrained(graph),
