@@ -16,7 +16,7 @@ from mixbits.quant.functional import nearest_level
 from mixbits.quant.rounding import compensated_levels
 from mixbits.search.greedy import choices
 from mixbits.train.calibrate import calibrate, channel_statistics, input_rows, observe_float, sensitivity
-from mixbits.train.method import full_grid
+from mixbits.train.method import usual_grid
 
 FLOAT32_SUM = 1e-4  # relative, of a few hundred float32 products summed in another order
 
@@ -39,7 +39,7 @@ def network(*layers: nn.Module, example: Tensor) -> QuantGraph:
 
 def policy_of(graph: QuantGraph, weights: int, activations: int) -> Policy:
     return Policy(
-        {s.name: full_grid(s, weights if s.kind == "weight" else activations) for s in graph.profile.sites}
+        {s.name: usual_grid(s, weights if s.kind == "weight" else activations) for s in graph.profile.sites}
     )
 
 
@@ -201,7 +201,7 @@ def test_the_harm_foretells_how_much_the_outputs_change(images):
 
     for name in ("0.weight", "2.weight", "5.weight"):
         bits = {site.name: 3 if site.name == name else 8 for site in graph.profile.sites}
-        policy = Policy({site.name: full_grid(site, bits[site.name]) for site in graph.profile.sites})
+        policy = Policy({site.name: usual_grid(site, bits[site.name]) for site in graph.profile.sites})
         with torch.no_grad():
             change = calibrate(graph, policy, images, observed)(images) - graph(images)
         # Measured: 0.97, 1.11 and 1.08; the other sites at 8 bits and higher orders are the rest.
