@@ -202,10 +202,13 @@ def test_one_file_gives_the_same_output_on_every_level(level, tmp_path):
     assert used <= set(below)
 
 
-def test_a_level_that_does_not_exist_is_refused(small, monkeypatch):
+@pytest.mark.parametrize("engine", ["native", None])
+def test_what_is_asked_for_wrongly_is_refused_and_not_run_more_slowly(small, monkeypatch, engine):
+    with pytest.raises(ValueError, match="threads is 1 or more, not 0"):
+        Executor(small, engine=engine, threads=0)
     monkeypatch.setenv("MIXBITS_ISA", "avx9")
     with pytest.raises(ValueError, match="MIXBITS_ISA: it names no level"):
-        Executor(small, engine="native")
+        Executor(small, engine=engine)
 
 
 # --- rounding ---------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from mixbits.core.instructions import BATCHED, CONSTANT, GRID, INSTRUCTIONS, MAY
 from mixbits.core.program import Instruction, PackedWeight, Program, last_reads
 from mixbits.pack.artifact import read_program
 from mixbits.pack.bits import native_available, unpack
-from mixbits.runtime.native import NOT_FINITE, Native
+from mixbits.runtime.native import NOT_FINITE, Native, check_native
 from mixbits.runtime.reference import REFERENCE
 from mixbits.runtime.tune import tuned
 from mixbits.runtime.values import Codes, Floats, Value, Weight, floats_of
@@ -46,7 +46,8 @@ class Executor:
         ``threads`` are the native engine's. With ``tune`` it measures which kernels are fastest, which takes
         a second or two once, and keeps what it found for the next time (``runtime/tune.py``); results are the
         same. Without ``engine`` it is native if the extension was built; if the program is one that it cannot
-        run, a warning says why and the reference runs. ``ValueError`` if ``engine`` is native and it cannot.
+        run, a warning says why and the reference runs. ``ValueError`` if ``engine`` is native and it cannot,
+        and for ``threads`` below 1 and a MIXBITS_ISA that names no level of this CPU.
         """
         check(program, max_elements=max_elements)
         self.program = program
@@ -61,6 +62,7 @@ class Executor:
         )
         self.native: Native | None = None
         if engine == "native" or (engine is None and native_available()):
+            check_native(threads)  # what was asked for wrongly is an error, not a reason to run more slowly
             try:
                 choose = tuned(program, weights, threads=threads) if tune else None
                 self.native = Native(program, weights, threads=threads, choose=choose)
