@@ -16,11 +16,11 @@ import torch
 from mixbits import zoo
 from mixbits.core.check import check
 from mixbits.core.grid import Codebook, Grid, Uniform, grid_to_json, quantize
-from mixbits.core.program import Instruction, Program
+from mixbits.core.program import Instruction, PackedWeight, Program
 from mixbits.graph.quant_graph import capture, put_
 from mixbits.lower import lower
 from mixbits.pack.artifact import write_program
-from mixbits.pack.bits import native_available
+from mixbits.pack.bits import native_available, pack
 from mixbits.quant.quantizer import LearnedStep
 from mixbits.runtime import Executor
 from mixbits.runtime.executor import unpack_weight
@@ -200,6 +200,42 @@ def test_one_file_gives_the_same_output_on_every_level(level, tmp_path):
     used = {levels[name] for name in ran.stdout.split() if name in levels}
     below = {"native": LEVELS}.get(level, [*LEVELS[: min(LEVELS.index(level), 3)], level])
     assert used <= set(below)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("limits", [(0, 6), (-1.5, 1.0), (0.7, None), (None, -0.2), (9, 10)], ids=str)
+@pytest.mark.parametrize("signed", [False, True])
+def test_limits_of_a_layer_hold_in_every_rounding(bits, limits, signed):
+    """Limits within the grid's range, at its ends, and beyond; also where padding has no level of its own."""
+    rng = np.random.default_rng(bits)
+    weight = Uniform(4, True)
+    codes = rng.integers(0, 16, 17 * 3 * 9).astype(np.uint8)
+    low, high = limits
+    layer = {"weight": "w", "scale": "scale", "bias": "bias", "stride": [1, 1], "padding": [[1, 1], [1, 0]]}
+    program = Program(
+        (3, 5, 6),
+        "flat",
+        (
+            rounded("codes", "input", Uniform(3, True, "bipolar")),
+            Instruction("conv2d", "conv", ("codes",), "sums", {**layer, "dilation": [1, 1], "groups": 1}),
+            Instruction("clamp", "clamp", ("sums",), "limited", {"low": low, "high": high}),
+            rounded("out", "limited", Uniform(bits, signed, "bipolar" if signed and bits == 1 else "full")),
+            Instruction("reshape", "flat", ("out",), "flat", {"shape": [-1, 17 * 25]}),
+        ),
+        {"w": PackedWeight((17, 3, 3, 3), weight, pack(codes, 4))},
+        {
+            "step": np.float32(0.11),
+            "scale": rng.uniform(0.01, 0.05, 17).astype(np.float32),
+            "bias": rng.normal(0, 1, 17).astype(np.float32),
+        },
+    )
+    x = rng.standard_normal((2, 3, 5, 6)).astype(np.float32)
+    wanted = Executor(program, engine="reference")(x)
+    np.testing.assert_array_equal(Executor(program, engine="native")(x), wanted)
+
+
+def rounded(name: str, source: str, grid: Grid) -> Instruction:
+    return Instruction("quantize", name, (source,), name, {"grid": grid_to_json(grid), "step": "step"})
 
 
 @pytest.mark.parametrize("engine", ["native", None])
