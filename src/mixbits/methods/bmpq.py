@@ -49,7 +49,7 @@ from mixbits.core.cost import COSTS
 from mixbits.core.grid import MAX_BITS, Grid, Uniform
 from mixbits.core.profile import Profile, Site
 from mixbits.graph.quant_graph import QuantGraph, put_
-from mixbits.quant.functional import straight_through
+from mixbits.quant.functional import clip, straight_through
 from mixbits.quant.observe import mse_step
 from mixbits.quant.quantizer import SMALLEST_STEP, Frozen, Quantizer
 from mixbits.search.fit import fit
@@ -209,8 +209,7 @@ class Clipped(SwitchedWidth):
             x = x.float()
         alpha, step = self.alpha.to(x.dtype), self._step().to(x.dtype)
         floor = -alpha if self.signed else torch.zeros_like(alpha)
-        clipped = torch.where(x >= alpha, alpha, torch.where(x <= floor, floor, x))
-        return straight_through(clipped, self.nearest(x / step) * step)
+        return straight_through(clip(x, floor, alpha), self.nearest(x / step) * step)
 
     def freeze(self) -> Frozen:
         """The grid of the present width and the step."""

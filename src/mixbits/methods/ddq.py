@@ -40,7 +40,7 @@ from mixbits.core.cost import Bits
 from mixbits.core.grid import MAX_BITS, Codebook, Grid, Uniform, level_count
 from mixbits.core.profile import Profile, Site
 from mixbits.graph.quant_graph import QuantGraph, put_
-from mixbits.quant.functional import scale_gradient, straight_through
+from mixbits.quant.functional import scale_gradient, straight_through, within
 from mixbits.quant.observe import mse_step
 from mixbits.quant.quantizer import SMALLEST_STEP, Frozen, LearnedStep, Quantizer
 from mixbits.train.finetune import observe
@@ -131,23 +131,34 @@ class _Nearest(torch.autograd.Function):
         first_cell: float,
         strength: Tensor,
     ) -> Tensor:
-        cells = torch.floor(2.0 * (x / step)) - first_cell
+        cells = (x / step).mul_(2.0).floor_().sub_(first_cell).clamp_(0, CELLS - 1)
         # An integer clamp too: converting a NaN gives any integer.
-        index = cells.clamp(0, CELLS - 1).to(torch.int32).clamp(0, CELLS - 1).reshape(-1)
+        index = cells.to(torch.int32).clamp_(0, CELLS - 1).reshape(-1)
         codes = code_of_cell.index_select(0, index)
         ctx.save_for_backward(x, step, levels, codes, strength)
-        return levels[code_of_cell.long()].index_select(0, index).reshape(x.shape) * step
+        return levels[code_of_cell.long()].index_select(0, index).reshape(x.shape).mul_(step)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, step, levels, codes, strength = ctx.saved_tensors
-        ratio, index = x / step, codes.to(torch.int64)
-        inside = (ratio >= levels[0]) & (ratio <= levels[-1])
-        chosen = levels.index_select(0, index).reshape(x.shape)
-        corrected = grad * step + strength * (chosen - ratio)
-        to_levels = torch.zeros_like(levels).scatter_add_(0, index, corrected.reshape(-1))
-        counts = torch.zeros_like(levels).scatter_add_(0, index, torch.ones_like(corrected).reshape(-1))
-        return grad * inside, None, to_levels, counts * strength, None, None, None
+        ratio = x / step
+        inside = within(grad, ratio, levels[0], levels[-1])
+        # The sum of grad * step + strength * (level - ratio) over each level's values, in parts.
+        counts = _sums(codes, None, levels)
+        away = counts * levels - _sums(codes, ratio, levels)
+        slope = _sums(codes, grad * step, levels) if step.dim() else step * _sums(codes, grad, levels)
+        return inside, None, slope + strength * away, counts * strength, None, None, None
+
+
+def _sums(codes: Tensor, values: Tensor | None, like: Tensor) -> Tensor:
+    """The sum (without values: the number) of the values of every code, shaped as ``like``."""
+    if values is not None:
+        values = values.reshape(-1)
+    if codes.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.bincount(codes, values, minlength=len(like)).to(like.dtype)
+    index = codes.to(torch.int64)
+    ones = torch.ones_like(index, dtype=like.dtype) if values is None else values
+    return torch.zeros_like(like).scatter_add_(0, index, ones)
 
 
 class LearnedLevels(Quantizer):

@@ -49,7 +49,7 @@ from mixbits.core.budget import Budget
 from mixbits.core.grid import Grid, Uniform
 from mixbits.core.profile import Profile, Site
 from mixbits.graph.quant_graph import QuantGraph, put_
-from mixbits.quant.functional import scale_gradient
+from mixbits.quant.functional import dot, scale_gradient
 from mixbits.quant.quantizer import SMALLEST_STEP, Frozen, LearnedStep, Quantizer
 from mixbits.train.finetune import observe
 from mixbits.train.method import Learned, Method, Target
@@ -83,17 +83,17 @@ class _Mix(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         (grad,) = grads
         x, clip, shares, top_codes = ctx.saved_tensors
-        unit, flat = _unit(x, clip, signed=ctx.signed), grad.reshape(-1)
+        unit = _unit(x, clip, signed=ctx.signed)
         products = torch.stack(  # <grad, X_i>, in codes
-            [torch.dot(flat, torch.mul(unit, top).round_().reshape(-1)) for top in top_codes.unbind()]
+            [dot(grad, torch.mul(unit, top).round_()) for top in top_codes.unbind()]
         )
         products = products / top_codes
         if ctx.signed:
-            products = 2.0 * products - flat.sum()
+            products = 2.0 * products - grad.sum()
         products = products * clip
         low = -clip if ctx.signed else torch.zeros_like(clip)
         inside = grad * ((x >= low) & (x <= clip))
-        of_x = torch.dot(inside.reshape(-1), x.reshape(-1).to(inside.dtype))
+        of_x = dot(inside, x.to(inside.dtype))
         return inside.to(x.dtype), ((shares * products).sum() - of_x) / clip, products, None, None
 
 

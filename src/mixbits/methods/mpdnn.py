@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from mixbits.core.grid import MAX_BITS, Codebook, Grid, Uniform, level_count, uniform_range
 from mixbits.core.profile import Site
 from mixbits.graph.quant_graph import QuantGraph, put_
-from mixbits.quant.functional import ceil, round_half_away, straight_through
+from mixbits.quant.functional import ceil, clip, round_half_away, straight_through
 from mixbits.quant.observe import mse_step
 from mixbits.quant.quantizer import Frozen, LearnedStep, Quantizer
 from mixbits.train.finetune import observe
@@ -59,18 +59,12 @@ def pow2(v: Tensor) -> Tensor:
     return torch.exp2(round_half_away(torch.log2(v)))
 
 
-def clip(x: Tensor, low: Tensor | float, high: Tensor) -> Tensor:
-    """``x`` limited to ``low .. high``; at a bound and beyond, the gradient goes to the bound."""
-    low = torch.as_tensor(low, dtype=x.dtype, device=x.device)
-    return torch.where(x >= high, high, torch.where(x <= low, low, x))
-
-
 def uniform(x: Tensor, step: Tensor, q_max: Tensor, *, signed: bool) -> Tensor:
     """Eq. (1): ``x`` limited to ``+-q_max`` (unsigned: ``0 .. q_max``) and rounded to ``step``.
 
     Ties go away from zero.
     """
-    return step * round_half_away(clip(x, -q_max if signed else 0.0, q_max) / step)
+    return step * round_half_away(clip(x, -q_max if signed else torch.zeros_like(q_max), q_max) / step)
 
 
 def uniform_bits(step: Tensor, q_max: Tensor, *, signed: bool, least: int) -> Tensor:

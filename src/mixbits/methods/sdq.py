@@ -47,7 +47,14 @@ from mixbits.core.budget import Budget
 from mixbits.core.grid import MAX_BITS, Grid, Uniform, level_count
 from mixbits.core.profile import Profile, Site
 from mixbits.graph.quant_graph import QuantGraph, put_
-from mixbits.quant.functional import fake_quantize, nearest_level, straight_through
+from mixbits.quant.functional import (
+    fake_quantize,
+    level_tensor,
+    nearest_level,
+    quantize_uniform,
+    scale_gradient,
+    straight_through,
+)
 from mixbits.quant.observe import mse_step
 from mixbits.quant.quantizer import SMALLEST_STEP, Frozen, LearnedStep, Quantizer
 from mixbits.search.fit import fit
@@ -175,20 +182,14 @@ class StochasticWidth(Quantizer):
         super().__init__()
         self.dbp, self.grids = dbp, tuple(grids)
         self.steps = nn.Parameter(steps.detach().clone().float().clamp_min(SMALLEST_STEP))
-        # Lowest and highest level, their distance, and a level to count from.
-        rows = [(g.level_min, g.level_max, g.spacing, g.level_min if g.spacing > 1 else 0) for g in grids]
-        self.register_buffer("levels", torch.tensor(rows, dtype=torch.float32))
+        self.register_buffer("levels", torch.stack([level_tensor(grid) for grid in grids]))
         scales = [(shared_by * max(grid.level_max, 1)) ** -0.5 for grid in grids]
         self.register_buffer("gradient_scale", torch.tensor(scales))
 
     def _quantized(self, x: Tensor, place: Tensor) -> Tensor:
         """``fake_quantize`` at the candidate of that place, without a branch on it."""
-        low, high, spacing, origin = _row(self.levels, place).unbind()
-        step = _row(self.steps, place)
-        step = straight_through(step * _row(self.gradient_scale, place), step)
-        ratio = x / step
-        level = torch.clamp(spacing * torch.round((ratio - origin) / spacing) + origin, low, high)
-        return straight_through(torch.clamp(ratio, low, high), level) * step
+        step = scale_gradient(_row(self.steps, place), _row(self.gradient_scale, place))
+        return quantize_uniform(x, step, _row(self.levels, place))
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized tensor; in bfloat16 training the rounding is still done in float32."""

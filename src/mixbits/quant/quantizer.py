@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mixbits.core.grid import Codebook, Grid
-from mixbits.quant.functional import fake_quantize, scale_gradient
+from mixbits.quant.functional import fake_quantize, level_tensor, quantize_uniform, scale_gradient
 
 SMALLEST_STEP = 1e-8  # keeps x / step finite in float32
 
@@ -51,6 +51,9 @@ class LearnedStep(Quantizer):
     learns as fast as that of a uniform grid with as many levels.
     """
 
+    gradient_scale: Tensor
+    levels: Tensor
+
     def __init__(self, grid: Grid, step: Tensor, *, shared_by: int) -> None:
         """``shared_by``: how many values share one step (n above)."""
         super().__init__()
@@ -61,13 +64,20 @@ class LearnedStep(Quantizer):
             spacing = (grid.level_max - grid.level_min) / (len(grid.levels) - 1)
         # The step of a spacing is `spacing * step`: its gradient is smaller, and its change larger, by that.
         level_max = max(grid.level_max, 1) / spacing
-        self.gradient_scale = (shared_by * level_max) ** -0.5 / spacing**2
+        scale = (shared_by * level_max) ** -0.5 / spacing**2
+        # Tensors, so that code compiled for one width serves all; made from the grid, so not saved.
+        self.register_buffer("gradient_scale", torch.tensor(scale), persistent=False)
+        levels = torch.empty(0) if isinstance(grid, Codebook) else level_tensor(grid)
+        self.register_buffer("levels", levels, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantized ``x``; in bfloat16 training the rounding is still done in float32."""
         if x.dtype in (torch.bfloat16, torch.float16):
             x = x.float()
-        return fake_quantize(x, scale_gradient(self.step, self.gradient_scale).to(x.dtype), self.grid)
+        step = scale_gradient(self.step, self.gradient_scale).to(x.dtype)
+        if isinstance(self.grid, Codebook):
+            return fake_quantize(x, step, self.grid)
+        return quantize_uniform(x, step, self.levels)
 
     def bits(self) -> Tensor:
         """The grid's width, a constant."""
