@@ -4,18 +4,26 @@ All trainings live in one process and take turns, one step each; a step is every
 update and the method's own work. Each row is divided by the step at fixed widths of the same round. EBS updates twice in a
 step, weights on one batch and strengths on another: its row is one update. What BMPQ does between epochs is not in it.
 
+With ``--memory`` each training has a process of its own, and printed is how far its resident memory rises in a step above
+what it holds between steps (Linux).
+
     python benchmarks/step_cost.py                    # ordinary steps in float32
     python benchmarks/step_cost.py --compile --bf16
+    python benchmarks/step_cost.py --memory
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +45,9 @@ CANDIDATES = (2, 3, 4, 5, 6)
 METHODS = {name: {"epochs": 1} for name in ("mpdnn", "sdq", "bmpq", "ddq", "ebs")}
 UPDATES = {"ebs": 2}  # in one step of the loop
 WARM_UP = 3  # steps of each training that are not counted
+MIB = 2**10  # in KiB
+# glibc gives freed blocks above this size back to the system, so that resident memory is memory in use.
+FREED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 class EnoughError(Exception):
@@ -50,6 +61,7 @@ class Turns:
         self.rounds = rounds
         self.seconds: dict[str, list[float]] = {}
         self.errors: list[BaseException] = []
+        self.resident_kib = 0  # at the start of the last step
         self._may_go: dict[str, threading.Semaphore] = {}
         self._returned = threading.Semaphore(0)
 
@@ -63,6 +75,8 @@ class Turns:
             raise EnoughError
         self._returned.release()
         self._may_go[name].acquire()
+        self.resident_kib = own_memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the highest so far
         self.seconds[name].append(time.perf_counter())
 
     def run(self, trainings: Mapping[str, Callable[[Loop], object]], loop: Callable[..., Loop]) -> None:
@@ -92,6 +106,12 @@ class Turns:
             raise self.errors[0]
 
 
+def own_memory(entry: str) -> int:
+    """KiB of this process by an entry of Linux' ``status``: resident now (``VmRSS``) or at most (``VmHWM``)."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(entry))
+
+
 def main() -> None:
     """Print the table as Markdown."""
     options = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
@@ -100,8 +120,44 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--compile", action="store_true")
     options.add_argument("--bf16", action="store_true")
-    options.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    options.add_argument(
+        "--trainings", nargs="*", choices=(FLOAT, FIXED, *METHODS), default=(FLOAT, FIXED, *METHODS)
+    )
+    options.add_argument("--memory", action="store_true")
+    options.add_argument("--rise", action="store_true", help=argparse.SUPPRESS)
     chosen = options.parse_args()
+    about = (
+        f"ResNet-20, batch {chosen.batch}, {chosen.threads} threads, compile {chosen.compile}, bf16 {chosen.bf16}, "
+        f"torch {torch.__version__}; machine: {machine()}; date: {time.strftime('%Y-%m-%d')}"
+    )
+    if chosen.memory:
+        print_memory(chosen.trainings, about)
+        return
+    turns = Turns(chosen.rounds)
+    run(turns, chosen)
+    if chosen.rise:
+        print(own_memory("VmHWM") - turns.resident_kib)
+    else:
+        print_time(turns, about)
+
+
+def print_memory(trainings: list[str], about: str) -> None:
+    """A Markdown table of memory, a process a row."""
+    print(f"{about}\n\n| training | MiB in a step | of float |\n|---|---|---|")
+    passed_on = [word for word in sys.argv[1:] if word in ("--compile", "--bf16")]
+    rises: dict[str, float] = {}
+    for name in trainings:
+        command = [sys.executable, __file__, *passed_on, "--rounds", "1", "--rise", "--trainings", name]
+        environment = {**os.environ, **FREED_AT_ONCE}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+        rises[name] = int(done.stdout) / MIB
+        print(
+            f"| {name} | {rises[name]:.0f} | {rises[name] / rises.get(FLOAT, rises[name]):.2f} |", flush=True
+        )
+
+
+def run(turns: Turns, chosen: argparse.Namespace) -> None:
+    """Let the chosen trainings take their turns."""
     torch.set_num_threads(chosen.threads)
     torch.manual_seed(0)
     graph = mixbits.capture(resnet20(), torch.zeros(2, 3, 32, 32))
@@ -122,28 +178,32 @@ def main() -> None:
         FLOAT: train_float,
         FIXED: lambda loop: finetune(graph, policy, task, Finetune(epochs=1), loop),
     }
-    for name in chosen.methods:
-        method = method_named(name)(**METHODS[name])
+    for name, options in METHODS.items():
+        method = method_named(name)(**options)
         trainings[name] = partial(lambda method, loop: learn(method, graph, task, target, loop), method)
-    turns = Turns(chosen.rounds)
-    turns.run(trainings, partial(Loop, compile=chosen.compile, bf16=chosen.bf16))
+    asked = {name: trainings[name] for name in chosen.trainings}
+    turns.run(asked, partial(Loop, compile=chosen.compile, bf16=chosen.bf16))
+
+
+def print_time(turns: Turns, about: str) -> None:
+    """A Markdown table of the time of a step."""
     counted = {
         name: [seconds / UPDATES.get(name, 1) for seconds in all_of[WARM_UP:]]
         for name, all_of in turns.seconds.items()
     }
     print(
-        f"ResNet-20, batch {chosen.batch}, {chosen.threads} threads, compile {chosen.compile}, "
-        f"bf16 {chosen.bf16}, torch {torch.__version__}; machine: {machine()}; "
-        f"date: {time.strftime('%Y-%m-%d')}\n\n"
-        f"| training | ms a step: minimum, median of {chosen.rounds} | of fixed widths | of float |\n|---|---|---|---|"
+        f"{about}\n\n| training | ms a step: minimum, median of {turns.rounds} | of fixed widths | of float |\n"
+        "|---|---|---|---|"
     )
     for name, seconds in counted.items():
         ratios = [
             statistics.median(mine / other for mine, other in zip(seconds, counted[base], strict=True))
             for base in (FIXED, FLOAT)
+            if base in counted
         ]
         least, middle = 1000 * min(seconds), 1000 * statistics.median(seconds)
-        print(f"| {name} | {least:.0f}, {middle:.0f} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
+        columns = " | ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(f"| {name} | {least:.0f}, {middle:.0f} | {columns} |")
 
 
 if __name__ == "__main__":

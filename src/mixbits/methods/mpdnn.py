@@ -35,7 +35,14 @@ from torch import Tensor, nn
 from mixbits.core.grid import MAX_BITS, Codebook, Grid, Uniform, level_count, uniform_range
 from mixbits.core.profile import Site
 from mixbits.graph.quant_graph import QuantGraph, put_
-from mixbits.quant.functional import ceil, clip, round_half_away, straight_through
+from mixbits.quant.functional import (
+    ceil,
+    clip_gradients,
+    dot,
+    nearest_away,
+    round_half_away,
+    straight_through,
+)
 from mixbits.quant.observe import mse_step
 from mixbits.quant.quantizer import Frozen, LearnedStep, Quantizer
 from mixbits.train.finetune import observe
@@ -59,12 +66,29 @@ def pow2(v: Tensor) -> Tensor:
     return torch.exp2(round_half_away(torch.log2(v)))
 
 
+class _Uniform(torch.autograd.Function):
+    """:func:`uniform`; saves its arguments only, and rounds again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        ctx.save_for_backward(x, step, low, high)
+        return nearest_away(torch.clamp(x, low, high).div_(step)).mul_(step)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, step, low, high = ctx.saved_tensors
+        ratio = torch.clamp(x, low, high).div_(step)
+        to_step = dot(grad, nearest_away(ratio).sub_(ratio))
+        to_x, to_low, to_high = clip_gradients(grad, x, low, high)
+        return to_x, to_step, to_low, to_high
+
+
 def uniform(x: Tensor, step: Tensor, q_max: Tensor, *, signed: bool) -> Tensor:
     """Eq. (1): ``x`` limited to ``+-q_max`` (unsigned: ``0 .. q_max``) and rounded to ``step``.
 
     Ties go away from zero.
     """
-    return step * round_half_away(clip(x, -q_max if signed else torch.zeros_like(q_max), q_max) / step)
+    return _Uniform.apply(x, step, -q_max if signed else torch.zeros_like(q_max), q_max)
 
 
 def uniform_bits(step: Tensor, q_max: Tensor, *, signed: bool, least: int) -> Tensor:

@@ -46,7 +46,12 @@ def round_half_away(x: Tensor) -> Tensor:
     >>> round_half_away(torch.tensor([-2.5, -0.5, 0.5, 1.5])).tolist()
     [-3.0, -1.0, 1.0, 2.0]
     """
-    return straight_through(x, torch.sign(x) * torch.floor(x.abs() + 0.5))
+    return straight_through(x, nearest_away(x))
+
+
+def nearest_away(x: Tensor) -> Tensor:
+    """:func:`round_half_away` without a gradient."""
+    return x.abs().add_(0.5).floor_().copysign_(x)
 
 
 def ceil(x: Tensor) -> Tensor:
@@ -64,14 +69,18 @@ class _Clip(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, low, high = ctx.saved_tensors
-        if _numbers_are_near(x):
-            inside = hardtanh_backward(grad, x, float(low), float(high))
-            beyond = grad - inside
-            above = dot(beyond, (x > low).to(x.dtype))
-            return inside, beyond.sum() - above, above
-        above, below = grad * at_least(x, high), grad * at_least(low, x)
-        return grad - above - below, below.sum(), above.sum()
+        return clip_gradients(grad, *ctx.saved_tensors)
+
+
+def clip_gradients(grad: Tensor, x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`clip` passes of ``grad`` to ``x``, ``low`` and ``high``."""
+    if _numbers_are_near(x):
+        inside = hardtanh_backward(grad, x, float(low), float(high))
+        beyond = grad - inside
+        above = dot(beyond, (x > low).to(x.dtype))
+        return inside, beyond.sum() - above, above
+    above, below = grad * at_least(x, high), grad * at_least(low, x)
+    return grad - above - below, below.sum(), above.sum()
 
 
 def at_least(a: Tensor, b: Tensor) -> Tensor:
