@@ -69,7 +69,7 @@ def test_imagefolder_options_are_checked(query, message):
 
 @pytest.mark.parametrize(
     "spec",
-    ["", "mnist", "cifar10:", "digits:8", "imagefolder", "mine:", "mnist:DIR", "cifar100:a/b", "x.py:load"],
+    ["", "mnist", "cifar10:", "digits:8", "imagefolder", "mine:", "svhn:DIR", "cifar100:a/b", "x.py:load"],
 )
 def test_unknown_spec_lists_what_is_accepted(spec):
     with pytest.raises(ValueError, match=r"(?s)^.*(no|neither) .*Accepted ") as caught:

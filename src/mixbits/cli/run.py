@@ -26,7 +26,7 @@ class RunModel:
     """Run a packed model on the test part of a data set and print its accuracy."""
 
     model: tyro.conf.Positional[Path]  # a .mixbits file
-    data: str  # digits, cifar10:DIR, imagefolder:DIR, module:function or file.py:function
+    data: str  # digits, cifar10:DIR, mnist:DIR, imagefolder:DIR, module:function or file.py:function
     images: int = 0  # how many test images; 0: all
     batch_size: int = 200
     threads: int = 1

@@ -13,6 +13,7 @@ from mixbits.data.dataset import (
 )
 from mixbits.data.digits import load_digits
 from mixbits.data.imagefolder import load_imagefolder
+from mixbits.data.mnist import load_mnist
 from mixbits.data.open import open_dataset
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "load_cifar10",
     "load_digits",
     "load_imagefolder",
+    "load_mnist",
     "open_dataset",
     "split_held_out",
     "subset",

@@ -12,10 +12,12 @@ from mixbits.data.cifar import load_cifar10
 from mixbits.data.dataset import ArraySamples, Dataset
 from mixbits.data.digits import load_digits
 from mixbits.data.imagefolder import load_imagefolder
+from mixbits.data.mnist import load_mnist
 
 ACCEPTED = """\
   digits                   8 x 8 grey digits that come with scikit-learn
   cifar10:DIR              CIFAR-10, official binary files in DIR
+  mnist:DIR                MNIST, Fashion-MNIST or others of that form, IDX files (or .gz) in DIR
   imagefolder:DIR          DIR/train/CLASS/* and DIR/test/CLASS/* (or val): png, jpg, jpeg, webp, bmp;
                            options: imagefolder:DIR?size=224&crop=0.875 (size may be HxW)
   module:function          your own: returns a Dataset or (x_train, y_train, x_test, y_test)
@@ -25,8 +27,8 @@ ACCEPTED = """\
 def open_dataset(spec: str) -> Dataset:
     """Data set that ``spec`` names.
 
-    ``digits``, ``cifar10:DIR``, ``imagefolder:DIR`` (``imagefolder:DIR?size=224&crop=0.875``), or
-    ``module:function`` and ``path/to/file.py:function`` for your own. The function takes no argument and
+    ``digits``, ``cifar10:DIR``, ``mnist:DIR``, ``imagefolder:DIR`` (``imagefolder:DIR?size=224&crop=0.875``),
+    or ``module:function`` and ``path/to/file.py:function`` for your own. The function takes no argument and
     returns a ``Dataset`` or the arrays ``(x_train, y_train, x_test, y_test)``: inputs [N, C, H, W], uint8
     (divided by 255) or float (taken as they are), and integer classes [N].
 
@@ -42,10 +44,12 @@ def open_dataset(spec: str) -> Dataset:
         return load_digits()
     if kind == "cifar10" and rest:
         return load_cifar10(rest)
+    if kind == "mnist" and rest:
+        return load_mnist(rest)
     if kind == "imagefolder" and rest:
         directory, _, query = rest.partition("?")
         return load_imagefolder(directory, **_imagefolder_options(query, spec))
-    if kind in ("digits", "cifar10", "imagefolder") or not rest:
+    if kind in ("digits", "cifar10", "mnist", "imagefolder") or not rest:
         raise ValueError(f"{spec!r} names no data set. Accepted are:\n{ACCEPTED}")
     try:
         function = locate(spec)
