@@ -206,7 +206,7 @@ def test_an_established_gain_is_said_with_its_interval():
         ("good", "Mixed precision paid here: mpdnn is established above uniform widths."),
         (
             "good",
-            "mpdnn gains 0.60 points over uniform: 91.60 % against 91.00 % (3 seeds paired, 95 % interval +0.35 to +0.85).",
+            "mpdnn paid. Against uniform +0.60* (3 seeds paired, 95 % interval +0.35 to +0.85).",
         ),
     ]
 
@@ -215,7 +215,7 @@ def test_a_gain_within_the_noise_is_not_established():
     said = sentences(compared(uniform=[90.0, 91.0, 92.0], mpdnn=[91.5, 90.6, 92.7]))
     assert said[0] == ("plain", "Whether mixed precision pays here is not established with 3 seeds.")
     assert said[1][0] == "plain"
-    assert said[1][1].endswith("not established with 3 seeds.")
+    assert said[1][1].startswith("mpdnn is above uniform, which is not established. Against uniform +0.60 (")
 
 
 def test_one_seed_establishes_nothing():
@@ -228,9 +228,7 @@ def test_a_loss_is_called_one():
     said = sentences(compared(uniform=[90.0, 91.0, 92.0], mpdnn=[89.0, 90.1, 90.9]))
     assert said[0] == ("bad", "Mixed precision did not pay here: no method is above uniform widths.")
     assert said[1][0] == "bad"
-    assert said[1][1].startswith(
-        "mpdnn did not pay: it is 1.00 points below uniform, 90.00 % against 91.00 %"
-    )
+    assert said[1][1].startswith("mpdnn did not pay. Against uniform −1.00* (3 seeds paired")
 
 
 def test_a_method_below_random_widths_is_said_to_be():
@@ -238,8 +236,8 @@ def test_a_method_below_random_widths_is_said_to_be():
     said = sentences(run)
     wanted = "mpdnn is established above uniform widths, but below widths not learned at all: "
     assert said[0] == ("bad", f"{wanted}learning did not pay here.")
-    assert said[2][0] == "bad"
-    assert said[2][1].startswith("mpdnn is below random by 0.43 points (3 seeds paired, ")
+    assert said[1][0] == "bad"
+    assert said[1][1].endswith(", random −0.43*.")
 
 
 def test_spending_more_of_a_limit_than_uniform_is_said():

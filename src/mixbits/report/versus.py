@@ -69,8 +69,7 @@ def _budget(comparison: Comparison, budget: str) -> list[Sentence]:
     for group in learned:
         pair = paired(group, uniform)
         if pair is not None:
-            sentences.append(_against_uniform(group, uniform, pair))
-            sentences += _against_others(group, others)
+            sentences.append(_differences(group, pair, others))
     return sentences
 
 
@@ -97,41 +96,23 @@ def _headline(learned: Sequence[Group], uniform: Group, others: Sequence[Group])
     return Sentence(f"Whether mixed precision pays here is not established with {seeds}.", "plain")
 
 
-def _against_uniform(group: Group, uniform: Group, pair: Paired) -> Sentence:
-    against = f"{percent(group.top1)} against {percent(uniform.top1)} ({interval(pair)})"
+def _differences(group: Group, pair: Paired, others: Sequence[Group]) -> Sentence:
+    """A method in one line: its differences to uniform widths, with the interval, and to the rest."""
+    pairs = {other.method: against for other in others if (against := paired(group, other)) is not None}
     if pair.mean <= 0:
-        size = "equals uniform" if pair.mean == 0 else f"is {points(pair.mean)} below uniform"
-        firm = "" if pair.established or pair.mean == 0 else "; the loss is not established either"
-        return Sentence(f"{group.method} did not pay: it {size}, {against}{firm}.", "bad")
-    if pair.established:
-        return Sentence(f"{group.method} gains {points(pair.mean)} over uniform: {against}.", "good")
-    return Sentence(
-        f"{group.method} is {points(pair.mean)} above uniform, {against}: "
-        f"not established with {_seeds(pair.n)}.",
-        "plain",
-    )
+        verdict = "did not pay"
+    else:
+        verdict = "paid" if pair.established else "is above uniform, which is not established"
+    told = [f"uniform {_mark(pair)} ({interval(pair)})"]
+    told += [f"{name} {_mark(against)}" for name, against in pairs.items()]
+    least = min([pair.mean, *(against.mean for against in pairs.values())])
+    sure = all(against.established for against in [pair, *pairs.values()])
+    tone = "bad" if least <= 0 else "good" if sure else "plain"
+    return Sentence(f"{group.method} {verdict}. Against {', '.join(told)}.", tone)
 
 
-def _against_others(group: Group, others: Sequence[Group]) -> list[Sentence]:
-    pairs = {other.method: pair for other in others if (pair := paired(group, other)) is not None}
-    sentences = []
-    below = [name for name, pair in pairs.items() if pair.mean < 0]
-    if below:
-        told = ", ".join(f"{name} by {points(pairs[name].mean)} ({interval(pairs[name])})" for name in below)
-        firm = "" if any(pairs[name].established for name in below) else ", which is not established"
-        sentences.append(
-            Sentence(f"{group.method} is below {told}{firm}: its choice of widths adds nothing.", "bad")
-        )
-    rest = [name for name in pairs if name not in below]
-    if rest:
-        told = ", ".join(
-            f"{name} {signed(pairs[name].mean)} ({interval(pairs[name])}"
-            f"{'' if pairs[name].established else ', not established'})"
-            for name in rest
-        )
-        good = all(pairs[name].established for name in rest)
-        sentences.append(Sentence(f"{group.method} against {told}.", "good" if good else "plain"))
-    return sentences
+def _mark(pair: Paired) -> str:
+    return f"{signed(pair.mean)}{'*' if pair.established else ''}"
 
 
 def _spent(groups: dict[str, Group], uniform: Group) -> list[Sentence]:
@@ -240,7 +221,8 @@ def _caution(comparison: Comparison) -> Sentence:
         return Sentence("No baseline ran: `mixbits compare` says whether mixed precision pays.", "plain")
     tests = len(comparison.budgets) * len(comparison.learned) * len(comparison.baselines)
     return Sentence(
-        f"Established means: the {CONFIDENCE:.0%} interval of the mean difference over {LEAST_SEEDS} seeds "
+        "Differences are points of top-1. Established (*) means: "
+        f"the {CONFIDENCE:.0%} interval of the mean difference over {LEAST_SEEDS} seeds "
         "or more leaves out zero; it covers the seeds, not the choice of test images. "
         f"Of {tests} such comparisons one in twenty would leave out zero by chance.".replace("%", " %"),
         "plain",
