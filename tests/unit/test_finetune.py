@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from mixbits.core.grid import Codebook, Grid, Uniform
 from mixbits.core.policy import Policy
 from mixbits.graph.quant_graph import QuantGraph, capture
-from mixbits.quant.functional import fake_quantize
+from mixbits.quant.functional import fake_quantize, saving_inputs_only
 from mixbits.quant.observe import mse_step
 from mixbits.quant.quantizer import Frozen, LearnedStep
 from mixbits.train.finetune import (
@@ -402,3 +403,30 @@ def test_a_finetuned_network_is_restored_from_its_state(captured, task):
 
     assert unchanged(restored, state_of(student))
     assert torch.equal(restored(inputs), student(inputs))
+
+
+def convolution_of_quantized(*, inputs_only: bool, change: bool = False) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(4, 8, *size, generator=draw, requires_grad=True) for size in ((6, 6), (3, 3)))
+    step = torch.tensor(0.3, requires_grad=True)
+    with saving_inputs_only() if inputs_only else nullcontext():
+        positive = x.square()
+        quantized = fake_quantize(positive, step, Uniform(3, signed=False))
+        out = torch.nn.functional.conv2d(quantized, weight).square().mean()
+        if change:
+            positive.add_(1.0)
+    out.backward()
+    return [leaf.grad for leaf in (x, weight, step) if leaf.grad is not None]
+
+
+def test_gradients_are_the_same_where_operations_quantize_again_in_the_backward_pass():
+    usual, again = (convolution_of_quantized(inputs_only=only) for only in (False, True))
+
+    assert len(usual) == len(again) == 3
+    assert all(torch.equal(a, b) for a, b in zip(usual, again, strict=True))
+
+
+@pytest.mark.parametrize("inputs_only", [False, True])
+def test_a_change_in_place_of_what_the_backward_pass_needs_is_an_error(inputs_only):
+    with pytest.raises(RuntimeError, match=r"in.?place"):
+        convolution_of_quantized(inputs_only=inputs_only, change=True)

@@ -39,6 +39,7 @@ from mixbits.quant.functional import (
     ceil,
     clip_gradients,
     dot,
+    made_by,
     nearest_away,
     round_half_away,
     straight_through,
@@ -72,7 +73,7 @@ class _Uniform(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
         ctx.save_for_backward(x, step, low, high)
-        return nearest_away(torch.clamp(x, low, high).div_(step)).mul_(step)
+        return _rounded(x, step, low, high)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -83,12 +84,17 @@ class _Uniform(torch.autograd.Function):
         return to_x, to_step, to_low, to_high
 
 
+def _rounded(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return nearest_away(torch.clamp(x, low, high).div_(step)).mul_(step)
+
+
 def uniform(x: Tensor, step: Tensor, q_max: Tensor, *, signed: bool) -> Tensor:
     """Eq. (1): ``x`` limited to ``+-q_max`` (unsigned: ``0 .. q_max``) and rounded to ``step``.
 
     Ties go away from zero.
     """
-    return _Uniform.apply(x, step, -q_max if signed else torch.zeros_like(q_max), q_max)
+    arguments = x, step, -q_max if signed else torch.zeros_like(q_max), q_max
+    return made_by(_rounded, _Uniform.apply(*arguments), *arguments)
 
 
 def uniform_bits(step: Tensor, q_max: Tensor, *, signed: bool, least: int) -> Tensor:

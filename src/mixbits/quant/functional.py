@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -136,7 +137,7 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, levels: Tensor) -> Tensor:
         ctx.save_for_backward(x, step, levels)
-        return _to_levels_(x / step, levels).mul_(step)
+        return _quantized(x, step, levels)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -149,6 +150,14 @@ class _FakeQuantize(torch.autograd.Function):
             return inside, _to_levels_(ratio, levels).mul_(grad).sum_to_size(step.shape) - below, None
         below = dot(inside, ratio)
         return inside, dot(grad, _to_levels_(ratio, levels)) - below, None
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def _quantized(x: Tensor, step: Tensor, levels: Tensor) -> Tensor:
+    return _to_levels_(x / step, levels).mul_(step)
 
 
 def _to_levels_(ratio: Tensor, levels: Tensor) -> Tensor:
@@ -184,7 +193,44 @@ def quantize_uniform(x: Tensor, step: Tensor, levels: Tensor) -> Tensor:
 
     Code compiled for one grid serves all.
     """
-    return _FakeQuantize.apply(x, step, levels)
+    return made_by(_quantized, _FakeQuantize.apply(x, step, levels), x, step, levels)
+
+
+def made_by(function: Callable[..., Tensor], out: Tensor, *arguments: Tensor) -> Tensor:
+    """``out``, with a note for :func:`saving_inputs_only` of how to make it again, without gradients."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        out.made_by = function, *(argument.detach() for argument in arguments)  # type: ignore[attr-defined]
+    return out
+
+
+def saving_inputs_only() -> torch.autograd.graph.saved_tensors_hooks:
+    """A context in which no operation keeps a fake-quantized tensor for its backward pass.
+
+    What was quantized is kept anyway; there it is quantized again, with the same outcome. A convolution then
+    keeps no more than in the float network. Compiled code chooses for itself.
+
+    >>> x, step = torch.ones(3, requires_grad=True), torch.tensor(0.3)
+    >>> with saving_inputs_only():
+    ...     y = fake_quantize(x, step, Uniform(2, signed=False)).square().sum()
+    >>> y.backward(); x.grad
+    tensor([0., 0., 0.])
+    """
+
+    def pack(tensor: Tensor) -> tuple[Callable[..., Tensor], Tensor, tuple[Tensor, ...], int]:
+        function, x, *rest = getattr(tensor, "made_by", (_itself, tensor))
+        return function, x, tuple(rest), x._version
+
+    def unpack(packed: tuple[Callable[..., Tensor], Tensor, tuple[Tensor, ...], int]) -> Tensor:
+        function, x, rest, version = packed
+        if x._version != version:  # hooks put an end to autograd's own check
+            raise RuntimeError(
+                f"a tensor of shape {list(x.shape)} that backward needs was changed in place after it "
+                "was used; leave out the in-place operation, or work on a clone"
+            )
+        with torch.no_grad():
+            return function(x, *rest)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def fake_quantize(x: Tensor, step: Tensor, grid: Grid) -> Tensor:

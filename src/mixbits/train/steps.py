@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mixbits.graph.quant_graph import QuantGraph
+from mixbits.quant.functional import saving_inputs_only
 from mixbits.quant.quantizer import Quantizer
 from mixbits.train.checkpoint import Checkpoint, fingerprint
 from mixbits.train.norms import reestimate_batch_norm_
@@ -120,7 +121,7 @@ def steps(
                 group["lr"] = group["initial_lr"] * learning_rate_factor(schedule, done / (epochs * batches))
             inputs, targets = (part.to(loop.device) for part in batch)
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(loop.device.type, torch.bfloat16, enabled=loop.bf16):
+            with torch.autocast(loop.device.type, torch.bfloat16, enabled=loop.bf16), saving_inputs_only():
                 outputs = forward(inputs).float()
             value = task.loss(outputs, targets) if loss is None else loss(inputs, outputs, targets)
             total = value if penalty is None else value + penalty(value.detach())
