@@ -27,6 +27,7 @@ _PUBLIC = {
     "finetune": "mixbits.train.finetune",
     "begin_finetuning": "mixbits.train.finetune",
     "Loop": "mixbits.train.steps",
+    "saving_inputs_only": "mixbits.quant.functional",
     "find_methods": "mixbits.methods",
     "read_program": "mixbits.pack.artifact",
     "write_program": "mixbits.pack.artifact",
