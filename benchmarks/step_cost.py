@@ -114,7 +114,7 @@ def own_memory(entry: str) -> int:
 
 def main() -> None:
     """Print the table as Markdown."""
-    options = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
+    options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--batch", type=int, default=128)
     options.add_argument("--rounds", type=int, default=9)
     options.add_argument("--threads", type=int, default=1)
