@@ -241,8 +241,8 @@ def bitfusion_cycles(profile: Profile, array: bitfusion.Array = bitfusion.PAPER)
 def bitfusion_energy(profile: Profile, array: bitfusion.Array = bitfusion.PAPER) -> Amount:
     """Femtojoules of all layers on Bit Fusion, for one sample: its array's and its DRAM's.
 
-    Every layer reads its weights and its input from DRAM once; what the network computes is written once.
-    Buffers on the chip are not counted.
+    Every layer reads its weights and its input from DRAM once, and an input that the network computes is
+    written once. Buffers on the chip are not counted, nor is what no layer reads.
     """
     elements = {site.name: site.elements for site in profile.sites}
     first = {op.input: op.name for op in reversed(profile.ops) if op.input != "input"}  # that reads it
