@@ -22,8 +22,8 @@ FLOAT64_SUM = 1e-12
 # Landscape figures are printed with three or four digits.
 THREE_DIGITS = 5e-3
 
-# Costs of arrays that a small layer does not fill, whatever its widths: they need not fall with them.
-FLAT = {"bitfusion_cycles"}
+# Costs that need not fall with widths: below 2 bits, or where a small layer does not fill an array.
+FLAT = {"bitfusion_cycles", "bitfusion_energy"}
 
 # GBOPs of ResNet-20 (option A) as the literature counts them: MACs x weight bits x activation bits over all
 # layers, the first and the last layer included at `ends` bits.

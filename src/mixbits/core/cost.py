@@ -53,7 +53,8 @@ class Lookup:
 
     A wider pair may have the smaller value. Integer widths that were measured give what was measured; between
     widths the value is bilinear, and beyond them it goes on as between the last two: it has a gradient
-    everywhere. With ``rounds_up``, integer widths between have the value of the next wider ones.
+    everywhere. With ``rounds_up``, integer widths between have the value of the next wider ones, and
+    all below the narrowest have its value.
 
     >>> Lookup(("w", "x"), ((2, 4), (2, 8)), ((10, 40), (30, 20))).amount(4, 2)
     30
@@ -78,7 +79,7 @@ class Lookup:
         if bits[0] in rows and bits[1] in columns and all(isinstance(b, int) for b in bits):
             return self.values[rows.index(bits[0])][columns.index(bits[1])]
         (row, below), (column, left) = (
-            _between(b, known) for b, known in zip(bits, self.widths, strict=True)
+            _between(b, known, flat_below=self.rounds_up) for b, known in zip(bits, self.widths, strict=True)
         )
         upper, lower = self.values[row], self.values[min(row + 1, len(rows) - 1)]
         right = min(column + 1, len(columns) - 1)
@@ -93,9 +94,12 @@ def _next(bits: int, widths: tuple[int, ...], site: str) -> int:
     return min(width for width in widths if width >= bits)
 
 
-def _between(bits: Any, widths: tuple[int, ...]) -> tuple[int, Any]:
-    """The place of the width below ``bits``, and how far to the next it is (a share); one width is no way."""
-    if len(widths) == 1:
+def _between(bits: Any, widths: tuple[int, ...], *, flat_below: bool) -> tuple[int, Any]:
+    """The place of the width below ``bits``, and how far to the next it is (a share); one width is no way.
+
+    With ``flat_below``, nor is what lies below the narrowest.
+    """
+    if len(widths) == 1 or (flat_below and bool(bits < widths[0])):
         return 0, 0.0
     place = sum(bool(bits >= width) for width in widths[1:-1])
     return place, (bits - widths[place]) / (widths[place + 1] - widths[place])
