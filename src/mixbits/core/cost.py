@@ -99,8 +99,10 @@ def _between(bits: Any, widths: tuple[int, ...], *, flat_below: bool) -> tuple[i
 
     With ``flat_below``, nor is what lies below the narrowest.
     """
-    if len(widths) == 1 or (flat_below and bool(bits < widths[0])):
+    if len(widths) == 1:
         return 0, 0.0
+    if flat_below and bool(bits < widths[0]):
+        return 0, 0.0 * bits  # of the kind that `bits` is: a tensor has a gradient, of zero
     place = sum(bool(bits >= width) for width in widths[1:-1])
     return place, (bits - widths[place]) / (widths[place + 1] - widths[place])
 
