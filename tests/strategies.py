@@ -71,8 +71,9 @@ def profiles(draw: st.DrawFn) -> Profile:
             Site(read, "activation", (sizes[2 * index],), signed=index == 0, readers=(name,)),
             Site(f"{name}.weight", "weight", (sizes[2 * index + 1],), signed=True, readers=(name,)),
         ]
-        macs = draw(st.integers(1, 10_000))
-        ops.append(Op(name, "linear", macs, f"{name}.weight", read, channels=1, reduction=1))
+        positions, channels, reduction = (draw(st.integers(1, most)) for most in (30, 80, 400))
+        macs = positions * channels * reduction
+        ops.append(Op(name, "linear", macs, f"{name}.weight", read, channels, reduction))
         values.append(Value(read, sizes[2 * index], read, first=index, last=last))
     values.append(Value("logits", draw(st.integers(1, 10)), None, first=count, last=count))
     return Profile(

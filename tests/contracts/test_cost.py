@@ -22,6 +22,9 @@ FLOAT64_SUM = 1e-12
 # Landscape figures are printed with three or four digits.
 THREE_DIGITS = 5e-3
 
+# Costs that need not fall with widths: below 2 bits, or where a small layer does not fill an array.
+FLAT = {"bitfusion_cycles", "bitfusion_energy"}
+
 # GBOPs of ResNet-20 (option A) as the literature counts them: MACs x weight bits x activation bits over all
 # layers, the first and the last layer included at `ends` bits.
 RESNET20_GBOPS = {
@@ -51,16 +54,20 @@ def same_bits(profile: Profile, weights: int, activations: int) -> dict[str, int
 
 @each_cost
 @given(profiles_and_bits())
-def test_integers_and_tensors_agree_up_to_the_rounding_of_bytes(cost, drawn):
+def test_integers_and_tensors_agree_up_to_the_rounding_of_bytes_and_operands(cost, drawn):
     profile, bits = drawn
-    tensors = {site: torch.tensor(float(width), dtype=torch.float64) for site, width in bits.items()}
+    taken = {site: min((w for w in cost.operands if w >= b), default=b) for site, b in bits.items()}
 
-    exact, smooth = cost.of(profile, bits), float(cost.of(profile, tensors))
+    def smooth(bits: dict[str, int]) -> float:
+        tensors = {site: torch.tensor(float(width), dtype=torch.float64) for site, width in bits.items()}
+        return float(cost.of(profile, tensors))
+
+    exact, low, high = cost.of(profile, bits), smooth(bits), smooth(taken)
 
     # Each packed tensor takes up to one byte more than its bits.
     rounding = len(profile.sites) if cost.unit == "bytes" else 0
     slack = FLOAT64_SUM * exact
-    assert smooth - slack <= exact <= smooth + rounding + slack
+    assert low - slack <= exact <= high + rounding + slack
 
 
 @each_cost
@@ -89,7 +96,7 @@ def test_the_gradient_of_a_cost_is_never_negative(cost, drawn):
 
     grads = [width.grad.item() for width in tensors.values() if width.grad is not None]
     assert min(grads) >= 0
-    assert max(grads) > 0
+    assert max(grads) > 0 or cost.name in FLAT
 
 
 @each_cost

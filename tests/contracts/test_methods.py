@@ -43,6 +43,7 @@ BUDGETS = {
     "the lowest widths": "weights=2bit",
     "no limit in effect": "weights=1MiB",
     "weights, activations and operations": "weights=0.3KiB,act_max=100B,bops=150k",
+    "Bit Fusion": "bitfusion_cycles_2x2=1k,bitfusion_energy=150nJ",
     "all at once": "weights=3bit,size=0.5KiB,act=5bit,act_sum=0.25KiB,act_max=150B,act_peak=0.25KiB,bops=200k",
 }
 each_budget = pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)

@@ -441,9 +441,10 @@ def test_export_for_fpga_tools(finished: Path, tmp_path: Path, capsys: pytest.Ca
         (["RUN/recipe.json", "--to", "onnx"], "recipe.json"),
         (["RUN", "--to", "qonnx", "--for", "onnxruntime"], "--for and --smallest are for --to onnx"),
         (["RUN", "--to", "onnx", "--power-of-two"], "are for --to qonnx"),
+        (["RUN", "--to", "torchao", "--smallest", "8"], "--for and --smallest are for --to onnx"),
         (["RUN/model.mixbits", "--to", "qonnx", "--power-of-two"], "is no power of two"),
     ],
-    ids=["missing", "not-a-run", "not-a-model", "for", "power-of-two", "packed"],
+    ids=["missing", "not-a-run", "not-a-model", "for", "power-of-two", "torchao", "packed"],
 )
 def test_what_cannot_be_exported_is_one_message(
     arguments: list[str],

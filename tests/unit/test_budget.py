@@ -110,7 +110,7 @@ def test_an_average_and_a_size_of_weights_can_both_be_limited():
 
 def test_every_cost_can_be_limited():
     written = {cost: name for name, cost in AVERAGES.items()}
-    example = {"bytes": "1KiB", "bit": "4bit", "bop": "1M"}
+    example = {"bytes": "1KiB", "bit": "4bit", "bop": "1M", "cycle": "1M", "fJ": "1uJ"}
 
     text = ",".join(f"{written.get(name, name)}={example[cost.unit]}" for name, cost in COSTS.items())
 
@@ -129,6 +129,9 @@ def test_costs_of_a_small_network_are_those_computed_by_hand():
         "act_sum": 13,
         "act_bits": 2.0,
         "act_peak": 64 + 13,  # at moment 1: the input's codes and the ReLU's
+        "bitfusion_cycles": 10 + 1,  # both fit the rows: 25 products of 32 at 4 x 8 bit, 50 of 256 at 2 x 2
+        # the array, then DRAM: weights, the input read, the ReLU written and read
+        "bitfusion_energy": 11 * 16 * 32 * 459 + (100 * 4 + 300 * 2 + 64 * 8 + 50 * 2 * 2) * 15_000,
     }
 
 

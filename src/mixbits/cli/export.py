@@ -19,7 +19,8 @@ class Export:
     """Write a trained, packed network as a file of another ecosystem, and say what runs it how."""
 
     model: tyro.conf.Positional[Path]  # folder of a run, or a .mixbits file
-    to: Literal["onnx", "qonnx"]  # onnx: QuantizeLinear and DequantizeLinear; qonnx: for FPGA tools
+    # onnx: QuantizeLinear and DequantizeLinear; qonnx: for FPGA tools; torchao: widths of weights, JSON
+    to: Literal["onnx", "qonnx", "torchao"]
     out: Path  # the file to write
     runtime: Annotated[Literal["any", "onnxruntime"], tyro.conf.arg(name="for")] = (
         "any"  # onnx: onnxruntime takes the types that it runs fast
@@ -33,15 +34,17 @@ class Export:
 def main(arguments: list[str]) -> None:
     """Read, export, write; print the size and the notes."""
     chosen = tyro.cli(Export, prog="mixbits export", args=arguments)
-    from mixbits.export import onnx_qdq, qonnx  # here, so that --help works without the extra
+    from mixbits.export import onnx_qdq, qonnx, torchao  # here, so that --help works without the extra
 
+    if chosen.to != "qonnx" and (chosen.power_of_two or chosen.node != "IntQuant" or chosen.batch != 1):
+        raise ValueError("--power-of-two, --node and --batch are for --to qonnx")
+    if chosen.to != "onnx" and (chosen.runtime != "any" or chosen.smallest != 4):
+        raise ValueError("--for and --smallest are for --to onnx")
     if chosen.to == "onnx":
-        if chosen.power_of_two or chosen.node != "IntQuant" or chosen.batch != 1:
-            raise ValueError("--power-of-two, --node and --batch are for --to qonnx")
         exported = onnx_qdq(_program(chosen.model), runtime=chosen.runtime, smallest=chosen.smallest)
+    elif chosen.to == "torchao":
+        exported = torchao(_program(chosen.model))
     else:
-        if chosen.runtime != "any" or chosen.smallest != 4:
-            raise ValueError("--for and --smallest are for --to onnx")
         from_run = chosen.power_of_two and chosen.model.is_dir()
         network = network_of(chosen.model) if from_run else _program(chosen.model)
         exported = qonnx(network, power_of_two=chosen.power_of_two, node=chosen.node, batch=chosen.batch)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mixbits.core.budget import LATENCY, format_amount
-from mixbits.core.cost import COSTS, float_bits
+from mixbits.core.cost import COSTS, find_cost, float_bits
 from mixbits.core.grid import Grid
 from mixbits.core.latency import LatencyTable
 from mixbits.core.policy import read_policy
@@ -38,6 +38,7 @@ class ProfileNetwork:
     input_shape: tuple[int, ...] = ()  # of one sample, for example 3 32 32
     weights: str = ""  # trained weights, to check that they fit
     policy: Path | None = None  # also show the cost of this policy
+    costs: tuple[str, ...] = ()  # also show these, for example bitfusion_cycles_8x8
     json: Path | None = None  # write the profile here
     latency: Path | None = None  # time every layer at every pair of widths, and write the table here
     weight_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)  # that are timed
@@ -64,7 +65,7 @@ def main(arguments: list[str]) -> None:
     console.print(_sites(profile))
     if table is not None:
         console.print(_times(table))
-    console.print(_costs(profile, chosen.policy, table))
+    console.print(_costs(profile, chosen, table))
     for path, entry in ((chosen.json, profile), (chosen.latency, table)):
         if path is not None and entry is not None:
             path.write_text(json.dumps(entry.to_json(), indent=1) + "\n", encoding="utf-8")
@@ -119,19 +120,29 @@ def _times(table: LatencyTable) -> Table:
     return shown
 
 
-def _costs(profile: Profile, policy: Path | None, latency: LatencyTable | None) -> Table:
+def _costs(profile: Profile, chosen: ProfileNetwork, latency: LatencyTable | None) -> Table:
+    costs = dict(COSTS)
+    for name in chosen.costs:
+        found = find_cost(name)
+        if found is None:
+            raise ValueError(f"--costs: unknown cost {name!r}; known are {', '.join(COSTS)}")
+        costs[name] = found
     columns = {"float32": float_bits(profile)}
     columns |= {f"{bits} bits": {site.name: bits for site in profile.sites} for bits in UNIFORM}
-    if policy is not None:
-        chosen = read_policy(policy)
-        chosen.check(profile)
-        columns[policy.name] = chosen.bits
+    if chosen.policy is not None:
+        policy = read_policy(chosen.policy)
+        policy.check(profile)
+        columns[chosen.policy.name] = policy.bits
     table = Table(title="costs")
     table.add_column("cost")
     for name in columns:
         table.add_column(name, justify="right")
-    for name, cost in COSTS.items():
-        table.add_row(name, *(format_amount(name, cost.of(profile, bits)) for bits in columns.values()))
+    for name, cost in costs.items():
+        shown = (
+            format_amount(name, cost.of(profile, bits)) if cost.holds(bits) else "-"
+            for bits in columns.values()
+        )
+        table.add_row(name, *shown)
     if latency is not None:
         table.add_row(LATENCY, *(_milliseconds(latency, profile, bits) for bits in columns.values()))
     return table

@@ -1,7 +1,7 @@
 """Budgets: limits on costs, in the units that people write.
 
 ``weights=70.1KiB,act_max=8.1KiB`` or ``bops=0.5G`` or ``weights=4.0bit`` (an average width) or ``ms=3.0`` (a
-latency, by a table of what was measured).
+latency, by a table of what was measured) or ``bitfusion_cycles=1M``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mixbits.core.cost import COSTS, Amount
+from mixbits.core.cost import COSTS, Amount, Cost, find_cost
 from mixbits.core.latency import LatencyTable
 from mixbits.core.profile import Profile
 
@@ -21,6 +21,8 @@ UNITS: dict[str, dict[str, float]] = {
     "bit": {"bit": 1, "bits": 1},
     "ms": {"": 1, "ms": 1},
     "bop": {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "BOP": 1, "MBOP": 1e6, "GBOP": 1e9, "TBOP": 1e12},
+    "cycle": {"": 1, "k": 1e3, "M": 1e6, "G": 1e9},
+    "fJ": {"fJ": 1, "pJ": 1e3, "nJ": 1e6, "uJ": 1e9, "mJ": 1e12},
 }
 LATENCY = "ms"  # the limit whose cost is a table's, and its unit
 # `weights=4bit` limits another cost than `weights=70KiB`.
@@ -29,7 +31,7 @@ AVERAGES = {"weights": "weight_bits", "act": "act_bits"}
 
 @dataclass(frozen=True)
 class Limit:
-    """One limit: the cost's name, the most that may be used (bytes, bits or operations), the user's words."""
+    """One limit: the cost's name, the most that may be used, the user's words."""
 
     cost: str
     asked: float
@@ -38,12 +40,12 @@ class Limit:
 
     @property
     def unit(self) -> str:
-        """Unit of what is asked and used: ``bytes``, ``bit``, ``bop`` or ``ms``."""
+        """Unit of what is asked and used: ``bytes``, ``bit``, ``bop``, ``cycle``, ``fJ`` or ``ms``."""
         return unit_of(self.cost)
 
     def amount(self, profile: Profile) -> Amount:
         """The cost's terms for a network; ``ValueError`` if the table is another network's."""
-        return COSTS[self.cost].amount(profile) if self.table is None else self.table.amount(profile)
+        return _cost(self.cost).amount(profile) if self.table is None else self.table.amount(profile)
 
     def used(self, profile: Profile, bits: Mapping[str, Any]) -> Any:
         """What ``bits`` uses of this cost."""
@@ -69,13 +71,25 @@ class Budget:
         """The limit on latency, if any. It alone may be met by wider sites and not by narrower ones."""
         return next((limit for limit in self.limits if limit.table is not None), None)
 
+    @property
+    def in_steps(self) -> bool:
+        """Whether a narrower site may use no less of a limit: narrowing one at a time is then no search."""
+        return any(limit.table is not None or _cost(limit.cost).operands for limit in self.limits)
+
     def __str__(self) -> str:
         return ",".join(limit.text for limit in self.limits)
 
 
 def unit_of(cost: str) -> str:
-    """Unit of a cost's amounts: ``bytes``, ``bit``, ``bop`` or ``ms``."""
-    return LATENCY if cost == LATENCY else COSTS[cost].unit
+    """Unit of a cost's amounts: ``bytes``, ``bit``, ``bop``, ``cycle``, ``fJ`` or ``ms``."""
+    return LATENCY if cost == LATENCY else _cost(cost).unit
+
+
+def _cost(name: str) -> Cost:
+    found = find_cost(name)
+    if found is None:
+        raise ValueError(f"unknown cost {name!r}; known are {', '.join(COSTS)}")
+    return found
 
 
 def parse_budget(text: str, latency: LatencyTable | None = None) -> Budget:
@@ -169,7 +183,7 @@ def _parse_limit(text: str) -> Limit:
     written = sorted({*COSTS, *AVERAGES, LATENCY} - set(AVERAGES.values()))
     if unit in UNITS["bit"] and name in AVERAGES:
         key = AVERAGES[name]
-    elif name in written and name in (*COSTS, LATENCY):
+    elif name == LATENCY or (name not in AVERAGES.values() and find_cost(name) is not None):
         key = name
     elif name in AVERAGES:
         raise ValueError(f"{text}: {name!r} is an average width; write for example {name}=4bit")
@@ -206,4 +220,8 @@ def format_amount(cost: str, amount: float) -> str:
         )
     if unit == LATENCY:
         return f"{amount:.3f} ms"
+    if unit == "cycle":
+        return f"{amount:,.0f} cycles"
+    if unit == "fJ":
+        return f"{amount / UNITS['fJ']['uJ']:.4f} uJ"
     return f"{amount:.3f} bit" if unit == "bit" else f"{amount / UNITS['bop']['G']:.4f} GBOP"

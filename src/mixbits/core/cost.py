@@ -8,12 +8,15 @@ line above it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any, TypeAlias
 
-from mixbits.core.profile import Profile, Site
+from mixbits.core import bitfusion
+from mixbits.core.profile import Op, Profile, Site
 
 Bits: TypeAlias = Mapping[str, Any]  # int, or a scalar tensor
 FLOAT_BITS = 32
@@ -50,25 +53,33 @@ class Lookup:
 
     A wider pair may have the smaller value. Integer widths that were measured give what was measured; between
     widths the value is bilinear, and beyond them it goes on as between the last two: it has a gradient
-    everywhere.
+    everywhere. With ``rounds_up``, integer widths between have the value of the next wider ones, and
+    all below the narrowest have its value.
 
     >>> Lookup(("w", "x"), ((2, 4), (2, 8)), ((10, 40), (30, 20))).amount(4, 2)
     30
     >>> Lookup(("w", "x"), ((2, 4), (2, 8)), ((10, 40), (30, 20))).amount(3, 5)
     25.0
+    >>> Lookup(("w", "x"), ((2, 4), (2, 8)), ((10, 40), (30, 20)), rounds_up=True).amount(3, 5)
+    20
     """
 
     sites: tuple[str, str]
     widths: tuple[tuple[int, ...], tuple[int, ...]]  # rising
     values: tuple[tuple[int, ...], ...]
+    rounds_up: bool = False
 
     def amount(self, *bits: Any) -> Any:
         """The value at these widths, one for each of ``sites``."""
         rows, columns = self.widths
+        if self.rounds_up and all(isinstance(b, int) for b in bits):
+            bits = tuple(
+                _next(b, known, site) for b, known, site in zip(bits, self.widths, self.sites, strict=True)
+            )
         if bits[0] in rows and bits[1] in columns and all(isinstance(b, int) for b in bits):
             return self.values[rows.index(bits[0])][columns.index(bits[1])]
         (row, below), (column, left) = (
-            _between(b, known) for b, known in zip(bits, self.widths, strict=True)
+            _between(b, known, flat_below=self.rounds_up) for b, known in zip(bits, self.widths, strict=True)
         )
         upper, lower = self.values[row], self.values[min(row + 1, len(rows) - 1)]
         right = min(column + 1, len(columns) - 1)
@@ -76,10 +87,22 @@ class Lookup:
         return ends[0] + below * (ends[1] - ends[0])
 
 
-def _between(bits: Any, widths: tuple[int, ...]) -> tuple[int, Any]:
-    """The place of the width below ``bits``, and how far to the next it is (a share); one width is no way."""
+def _next(bits: int, widths: tuple[int, ...], site: str) -> int:
+    """The least of ``widths`` that is no less than ``bits``."""
+    if bits > widths[-1]:
+        raise ValueError(f"{site}: {bits} bits are more than the {widths[-1]} that this cost knows")
+    return min(width for width in widths if width >= bits)
+
+
+def _between(bits: Any, widths: tuple[int, ...], *, flat_below: bool) -> tuple[int, Any]:
+    """The place of the width below ``bits``, and how far to the next it is (a share); one width is no way.
+
+    With ``flat_below``, nor is what lies below the narrowest.
+    """
     if len(widths) == 1:
         return 0, 0.0
+    if flat_below and bool(bits < widths[0]):
+        return 0, 0.0 * bits  # of the kind that `bits` is: a tensor has a gradient, of zero
     place = sum(bool(bits >= width) for width in widths[1:-1])
     return place, (bits - widths[place]) / (widths[place + 1] - widths[place])
 
@@ -101,28 +124,53 @@ class Amount:
 
 @dataclass(frozen=True)
 class Cost:
-    """A named cost, its unit (``bytes``, ``bit`` or ``bop``) and its terms for a network."""
+    """A named cost, its unit (``bytes``, ``bit``, ``bop``, ``cycle`` or ``fJ``) and its terms for a network.
+
+    With ``operands``, hardware that has operands of these widths only takes others as the next wider ones,
+    and none beyond the widest.
+    """
 
     name: str
     unit: str
-    amount: Callable[[Profile], Amount]
+    amount: Callable[..., Amount]  # of a profile
+    operands: tuple[int, ...] = ()
 
     def of(self, profile: Profile, bits: Bits) -> Any:
         """What these widths use of it: a Python number for integers, a tensor for tensors."""
         return self.amount(profile).of(bits)
 
+    def holds(self, bits: Mapping[str, int]) -> bool:
+        """Whether there are operands of these widths."""
+        return not self.operands or max(bits.values()) <= self.operands[-1]
+
 
 COSTS: dict[str, Cost] = {}
 
 
-def cost(name: str, unit: str) -> Callable[[Callable[[Profile], Amount]], Callable[[Profile], Amount]]:
+def cost(
+    name: str, unit: str, operands: tuple[int, ...] = ()
+) -> Callable[[Callable[..., Amount]], Callable[..., Amount]]:
     """Register a function as the cost ``name``."""
 
-    def register(function: Callable[[Profile], Amount]) -> Callable[[Profile], Amount]:
-        COSTS[name] = Cost(name, unit, function)
+    def register(function: Callable[..., Amount]) -> Callable[..., Amount]:
+        COSTS[name] = Cost(name, unit, function, operands)
         return function
 
     return register
+
+
+def find_cost(name: str) -> Cost | None:
+    """The cost of that name, if there is one; ``bitfusion_cycles_8x4`` is on an array of 8 rows, 4 columns.
+
+    >>> find_cost("bops").unit, find_cost("bitfusion_cycles_8x4").unit, find_cost("bitfusion_cycles_8x0")
+    ('bop', 'cycle', None)
+    """
+    match = re.fullmatch(r"(bitfusion_[a-z]+)_([1-9][0-9]*)x([1-9][0-9]*)", name)
+    if not match or match[1] not in COSTS:
+        return COSTS.get(name)
+    array = bitfusion.Array(int(match[2]), int(match[3]))
+    known = COSTS[match[1]]
+    return replace(known, name=name, amount=partial(known.amount, array=array))
 
 
 @cost("weights", "bytes")
@@ -185,6 +233,49 @@ def act_peak_bytes(profile: Profile) -> Amount:
                 if value.first <= moment <= value.last
             )
             for moment in range(last + 1)
+        )
+    )
+
+
+@cost("bitfusion_cycles", "cycle", bitfusion.OPERANDS)
+def bitfusion_cycles(profile: Profile, array: bitfusion.Array = bitfusion.PAPER) -> Amount:
+    """Cycles of all layers on an array of Bit Fusion, for one sample; waiting for memory is not counted."""
+    return _by_operands(profile, lambda op, w, a: bitfusion.cycles(op, array, w, a))
+
+
+@cost("bitfusion_energy", "fJ", bitfusion.OPERANDS)
+def bitfusion_energy(profile: Profile, array: bitfusion.Array = bitfusion.PAPER) -> Amount:
+    """Femtojoules of all layers on Bit Fusion, for one sample: its array's and its DRAM's.
+
+    Every layer reads its weights and its input from DRAM once, and an input that the network computes is
+    written once. Buffers on the chip are not counted, nor is what no layer reads.
+    """
+    elements = {site.name: site.elements for site in profile.sites}
+    first = {op.input: op.name for op in reversed(profile.ops) if op.input != "input"}  # that reads it
+
+    def energy(op: Op, weight_bits: int, input_bits: int) -> int:
+        moved = elements[op.input] * (2 if first.get(op.input) == op.name else 1)
+        return bitfusion.energy_fj(
+            op, array, weight_bits, input_bits, weights=elements[op.weight], moved=moved
+        )
+
+    return _by_operands(profile, energy)
+
+
+def _by_operands(profile: Profile, value: Callable[[Op, int, int], int]) -> Amount:
+    """A sum over layers of what Bit Fusion takes at each pair of widths that it has."""
+    widths = bitfusion.OPERANDS
+    return Amount(
+        (
+            tuple(
+                Lookup(
+                    (op.weight, op.input),
+                    (widths, widths),
+                    tuple(tuple(value(op, w, a) for a in widths) for w in widths),
+                    rounds_up=True,
+                )
+                for op in profile.ops
+            ),
         )
     )
 

@@ -38,6 +38,7 @@ class Op:
     input: str  # site
     channels: int  # output channels
     reduction: int  # products summed into one output
+    groups: int = 1  # of output channels that read inputs of their own
 
 
 @dataclass(frozen=True)

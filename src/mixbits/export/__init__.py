@@ -13,5 +13,6 @@ except ImportError as error:
 from mixbits.export.onnx_graph import Exported
 from mixbits.export.onnx_qdq import onnx_qdq
 from mixbits.export.qonnx import qonnx
+from mixbits.export.torchao import TorchaoConfig, torchao
 
-__all__ = ["Exported", "onnx_qdq", "qonnx"]
+__all__ = ["Exported", "TorchaoConfig", "onnx_qdq", "qonnx", "torchao"]

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from mixbits.core.budget import LATENCY
-from mixbits.core.cost import COSTS, float_bits
+from mixbits.core.cost import COSTS, Cost, find_cost, float_bits
 from mixbits.core.grid import grid_from_json, grid_to_json
 from mixbits.core.latency import LatencyTable
 from mixbits.core.locate import locate
@@ -263,11 +263,17 @@ def _check_machine(run: Run) -> None:
         run.latency.check_machine(*here())
 
 
+def _costs(run: Run) -> dict[str, Cost]:
+    """All costs, and those of the budget that state an array of their own; not latency."""
+    limited = {limit.cost: find_cost(limit.cost) for limit in run.recipe.target().budget.limits}
+    return COSTS | {name: cost for name, cost in limited.items() if cost is not None}
+
+
 def measured(run: Run, network: QuantGraph, bits: Mapping[str, int], seconds: float) -> dict[str, Any]:
     """Accuracy on the test set and all costs of a network at these widths."""
     test = evaluate(network.module.eval(), run.task, run.task.test, run.device)
     held_out = evaluate(network.module, run.task, run.task.held_out, run.device)
-    costs = {name: cost.of(run.graph.profile, bits) for name, cost in COSTS.items()}
+    costs = {name: cost.of(run.graph.profile, bits) for name, cost in _costs(run).items() if cost.holds(bits)}
     if run.latency is not None and bits != float_bits(run.graph.profile):  # the table holds no floats
         costs[LATENCY] = predicted_ms(run.latency, run.graph.profile, bits)
     return {

@@ -68,6 +68,8 @@ def _op(node: fx.Node, name: str) -> Op:
     weight_shape = tuple(weight.meta["val"].shape)
     reduction = prod(weight_shape[1:])
     outputs = prod(_sample_shape(node))
+    convolves = MAC_OPS[node.target] != "linear"
+    read = input_node(node).meta["val"].shape[1] if convolves else reduction  # channels
     return Op(
         name,
         MAC_OPS[node.target],
@@ -76,6 +78,7 @@ def _op(node: fx.Node, name: str) -> Op:
         input=source(input_node(node)).meta["address"],
         channels=weight_shape[0],
         reduction=reduction,
+        groups=int(read) // weight_shape[1],
     )
 
 

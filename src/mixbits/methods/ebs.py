@@ -288,8 +288,8 @@ def expected_excess(profile: Profile, bits: Mapping[str, Any], budget: Budget) -
     """``sum_j max(0, E[used_j] / asked_j - 1)`` over the limits of a budget; ``bits`` are expected widths.
 
     A product of an expected weight width and an expected activation width is the expected product, because
-    the two are chosen independently; so operations and sums of bytes are exact expectations. Latency is not:
-    it is the time at the expected widths, interpolated between those that were measured.
+    the two are chosen independently; so operations and sums of bytes are exact expectations. Latency and
+    Bit Fusion's costs are not: they are those at the expected widths, interpolated between known ones.
     """
     excess = [torch.relu(limit.used(profile, bits) / limit.asked - 1.0) for limit in budget.limits]
     return torch.stack(excess).sum()

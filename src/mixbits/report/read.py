@@ -39,7 +39,7 @@ class Limit:
     """One limit of the budget and what the two networks use of it."""
 
     limit: str  # name of the cost
-    unit: str | None = None  # of the three numbers: bytes, bit or bop
+    unit: str | None = None  # of the three numbers: bytes, bit, bop, cycle, fJ or ms
     text: str | None = None  # as the user wrote it
     asked: float | None = None
     used: float | None = None

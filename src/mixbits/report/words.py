@@ -6,6 +6,7 @@ import re
 
 UNKNOWN = "–"
 KIB = 1024
+LARGER = {"cycle": (1e6, "million cycles"), "fJ": (1e9, "µJ")}  # units that a person reads
 LIMITS = {
     "weights": "Weights",
     "weight_bits": "Average weight width",
@@ -15,6 +16,8 @@ LIMITS = {
     "act_peak": "Activation peak",
     "bops": "Bit operations",
     "ms": "Latency",
+    "bitfusion_cycles": "Bit Fusion cycles",
+    "bitfusion_energy": "Bit Fusion energy",
     "size": "File size",
 }
 
@@ -85,8 +88,8 @@ def amount(value: float | None, unit: str | None) -> str:
 
     >>> amount(900, "bytes"), amount(71782.4, "bytes"), amount(5e8, "bop"), amount(3.25, "bit")
     ('900 bytes', '70.1 KiB', '0.500 GBOP', '3.25 bit')
-    >>> amount(0.25591, "ms")
-    '0.2559 ms'
+    >>> amount(0.25591, "ms"), amount(5120, "cycle"), amount(2.5e9, "fJ")
+    ('0.2559 ms', '0.00512 million cycles', '2.5 µJ')
     """
     if value is None:
         return UNKNOWN
@@ -98,7 +101,8 @@ def amount(value: float | None, unit: str | None) -> str:
         return f"{fixed(value / 1e9, 3)} GBOP" if value < 1e10 else f"{fixed(value / 1e9, 1)} GBOP"
     if unit in ("bit", "bits"):
         return f"{value:.2f} bit"
-    return f"{value:.4g} {unit or ''}".strip()
+    size, unit = LARGER.get(unit or "", (1, unit))
+    return f"{value / size:.4g} {unit or ''}".strip()
 
 
 def kib(value: float | None) -> str:
@@ -166,7 +170,9 @@ def unbroken(text: str) -> str:
     ['0.5\xa0KiB', 'of', '9', 'sites,', '3\xa0%']
     """
     return re.sub(
-        r"(?<=\d) (?=%|[KM]iB|GBOP|bytes?|bit|ms|points|times|[mb]illion)", "\N{NO-BREAK SPACE}", text
+        r"(?<=\d) (?=%|[KM]iB|GBOP|bytes?|bit|ms|µJ|cycles|points|times|[mb]illion)",
+        "\N{NO-BREAK SPACE}",
+        text,
     )
 
 

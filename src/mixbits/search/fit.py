@@ -1,4 +1,4 @@
-"""Widths within a budget: greedily, or exactly where time is limited, of which a wider site may take less."""
+"""Widths within a budget: greedily, or exactly where a wider site may use no more of a limit."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ def fit(
 ) -> dict[str, int]:
     """``bits`` rounded to allowed widths that fit; with ``fill``, what is left of the budget widens sites.
 
-    Without a limit on latency it is :func:`mixbits.search.greedy.fit`. With one, narrowing need not help, and
-    the widths are those of least damage; without ``fill``, widths beyond ``bits`` do no less damage, and
-    ``bits`` stay as they are if they fit. Raises ``InfeasibleError`` if no choice fits.
+    Without limits on latency or on hardware that rounds widths up it is :func:`mixbits.search.greedy.fit`.
+    With them, narrowing one site need not help, and the widths are those of least damage; without ``fill``,
+    widths beyond ``bits`` do no less damage, and ``bits`` stay as they are if they fit. Raises
+    ``InfeasibleError`` if no choice fits.
     """
-    if budget.latency is None:
+    if not budget.in_steps:
         return greedy.fit(profile, bits, budget, allowed, damage, fill=fill)
     wish = {
         site: min((w for w in widths if w >= bits[site]), default=widths[-1])
