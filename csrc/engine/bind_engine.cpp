@@ -1,12 +1,16 @@
 #include "engine/bind_engine.h"
 
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "engine/rounding.h"
@@ -23,33 +27,45 @@ using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using OutFloats = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using Levels = nb::ndarray<const std::int16_t, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 
-// A vector with zeros behind it up to a multiple of 16.
-Aligned padded(const Floats& values, std::size_t size, const char* name) {
+// A vector with zeros behind it up to so many bytes.
+Aligned padded(const Floats& values, std::size_t size, std::size_t bytes, const char* name) {
   if (values.size() != size) {
     throw nb::value_error((std::string(name) + " has " + std::to_string(values.size()) + " entries, not " +
                            std::to_string(size))
                               .c_str());
   }
-  Aligned copy(sizeof(float) * static_cast<std::size_t>(round_up(static_cast<int>(size), 16)));
+  Aligned copy(bytes);
   std::memcpy(copy.data(), values.data(), sizeof(float) * size);
   return copy;
 }
 
-void use(LayerStep& step, const std::string& name, const Levels& levels, const Floats& scale,
-         const Floats& bias) {
+// The kernel of a name, if it can compute a step's convolution.
+const Kernel& accepting(const LayerStep& step, const std::string& name) {
   const Kernel* kernel = kernel_named(name.c_str());
   if (kernel == nullptr || !usable(kernel->isa))
     throw nb::value_error(("kernel " + name + " cannot run here").c_str());
   if (const char* why = kernel->refuses(step.conv))
     throw nb::value_error(("kernel " + name + ": " + why).c_str());
+  return *kernel;
+}
+
+// Bytes of weights, scale, bias and tables, and of scratch, that a step will take with a kernel.
+std::pair<std::size_t, std::size_t> needs(LayerStep& step, const std::string& name) {
+  step.kernel = &accepting(step, name);
+  return {step.planned_bytes(), step.scratch_bytes()};
+}
+
+void use(LayerStep& step, const std::string& name, const Levels& levels, const Floats& scale,
+         const Floats& bias) {
+  const Kernel& kernel = accepting(step, name);
   const auto outputs = static_cast<std::size_t>(step.conv.groups) * step.conv.o;
   if (levels.shape(0) != outputs || levels.shape(1) != std::size_t(step.conv.c) ||
       levels.shape(2) != std::size_t(step.conv.kh) || levels.shape(3) != std::size_t(step.conv.kw)) {
     throw nb::value_error("the weight's levels do not fit the convolution");
   }
-  step.scale = padded(scale, outputs, "scale");
-  step.bias = padded(bias, outputs, "bias");
-  step.use(*kernel, levels.data());
+  step.scale = padded(scale, outputs, step.channel_bytes(), "scale");
+  step.bias = padded(bias, outputs, step.channel_bytes(), "bias");
+  step.use(kernel, levels.data());
 }
 
 template <class T>
@@ -165,6 +181,9 @@ void bind_engine(nb::module_& module) {
                throw nb::value_error("a layer gives at most four maps of bytes");
              step.bytes.push_back({to, rounding});
            })
+      .def("needs", &needs, nb::arg("kernel"),
+           "Bytes that the step will keep and of its scratch, with a kernel: before weights or places are "
+           "known.")
       .def("use", &use, nb::arg("kernel"), nb::arg("levels").noconvert(), nb::arg("scale").noconvert(),
            nb::arg("bias").noconvert());
   nb::class_<Operand>(module, "Operand", "A value of a run.")
@@ -201,16 +220,21 @@ void bind_engine(nb::module_& module) {
       });
   nb::class_<FillStep, Step>(module, "FillStep").def(nb::init<>());
   nb::class_<OperationStep, Step>(module, "OperationStep")
-      .def("__init__", [](OperationStep* self, const Operation& operation, const std::vector<Operand>& inputs,
-                          const Operand& output) {
-        std::vector<Tensor> tensors;
-        for (const Operand& input : inputs) tensors.push_back(input.tensor);
-        operation.check(tensors, output.tensor);
-        new (self) OperationStep;
-        self->operation = operation;
-        self->inputs = inputs;
-        self->output = output;
-      });
+      .def("__init__",
+           [](OperationStep* self, const Operation& operation, const std::vector<Operand>& inputs,
+              const Operand& output) {
+             std::vector<Tensor> tensors;
+             for (const Operand& input : inputs) tensors.push_back(input.tensor);
+             operation.check(tensors, output.tensor);
+             new (self) OperationStep;
+             self->operation = operation;
+             self->inputs = inputs;
+             self->output = output;
+           })
+      .def(
+          "needs",
+          [](const OperationStep& step) { return std::pair(step.kept_bytes(), step.scratch_bytes()); },
+          "Bytes of the constants that it keeps, and of its scratch.");
   nb::class_<Engine>(module, "Engine", "A program's steps over one block of memory: csrc/engine/engine.h.")
       .def(
           "__init__",
@@ -228,7 +252,13 @@ void bind_engine(nb::module_& module) {
            "The index of a step that met what is not a number, or -1.")
       .def("time", &time, nb::arg("input").noconvert(), nb::arg("samples"), nb::arg("repeats"),
            "Least seconds of each step over runs of so many samples, all samples together.")
-      .def("memory", &Engine::memory, "Bytes that runs take.")
+      .def(
+          "allocated",
+          [](const Engine& engine) {
+            const Allocated found = engine.allocated();
+            return std::tuple(found.arenas, found.scratch, found.weights);
+          },
+          "Bytes of arenas and scratch, which are there after the first run, and of what steps keep.")
       .def("__len__", &Engine::size);
 }
 

@@ -76,10 +76,15 @@ void Engine::prepare() {
   }
 }
 
-std::size_t Engine::memory() const {
-  std::size_t scratch = 0;
-  for (const auto& step : steps_) scratch = std::max(scratch, step->scratch_bytes());
-  return (arena_bytes_ + scratch + 2 * kSlack) * static_cast<std::size_t>(threads_.count());
+Allocated Engine::allocated() const {
+  Allocated found;
+  for (const Worker& worker : workers_) {
+    found.arenas += worker.arena.allocated();
+    found.scratch += worker.scratch.allocated();
+  }
+  found.weights = constants_.allocated();
+  for (const auto& step : steps_) found.weights += step->kept_bytes();
+  return found;
 }
 
 Frame Engine::frame(int worker, const std::uint8_t* input, std::uint8_t* output, std::int64_t sample,

@@ -55,8 +55,16 @@ class Step {
   // False if a value that is to be rounded is not a number.
   virtual bool run(const Frame& frame) const = 0;
   virtual std::size_t scratch_bytes() const { return 0; }
+  // Of weights and constants that it keeps.
+  virtual std::size_t kept_bytes() const { return 0; }
 
   std::vector<Border> borders;  // of what it writes
+};
+
+// Bytes that an engine holds: the values of a sample and the scratch of a step, of all threads, and what
+// steps keep.
+struct Allocated {
+  std::size_t arenas = 0, scratch = 0, weights = 0;
 };
 
 class Engine {
@@ -75,8 +83,8 @@ class Engine {
   // threads take samples of their own, the first thread's.
   std::vector<double> time(const std::uint8_t* input, std::int64_t samples, int repeats);
 
-  // Bytes that runs take: arenas and scratch of all threads.
-  std::size_t memory() const;
+  // Counted where they are; there are no arenas and no scratch before the first run.
+  Allocated allocated() const;
 
  private:
   struct Worker {

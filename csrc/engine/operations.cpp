@@ -69,6 +69,11 @@ Operation make_operation(const std::string& name, const Attributes& attributes) 
     operation = found->make(reader);
   }
   reader.done();
+  for (const auto& [key, value] : attributes) {
+    if (const auto* constant = std::get_if<Constant>(&value)) {
+      operation.constant_bytes += sizeof(float) * constant->values.size();
+    }
+  }
   return operation;
 }
 

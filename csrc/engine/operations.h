@@ -21,6 +21,7 @@ struct Operation {
   std::function<std::size_t(std::span<const Tensor> inputs)> scratch_bytes;
   std::function<void(std::span<const Tensor> inputs, const Tensor& output, std::byte* scratch, Part part)>
       run;
+  std::size_t constant_bytes = 0;  // of the constants that it keeps
 };
 
 // Throws std::invalid_argument, in words that name the instruction and the attribute.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <ranges>
 
 #include "engine/loops.h"
 #include "engine/moves.h"
@@ -30,28 +31,55 @@ void LayerStep::use(const Kernel& by, const std::int16_t* levels) {
   finite_ = finite(scale) && finite(bias);
 }
 
+// Taps of an output's window that meet the border.
+std::vector<int> LayerStep::taps_outside(int y, int x) const {
+  std::vector<int> outside;
+  for (int tap = 0; tap < conv.taps(); ++tap) {
+    const int in_y = y * conv.stride_y + tap / conv.kw * conv.dilation_y - pad_y;
+    const int in_x = x * conv.stride_x + tap % conv.kw * conv.dilation_x - pad_x;
+    if (in_y < 0 || in_y >= size_y || in_x < 0 || in_x >= size_x) outside.push_back(tap);
+  }
+  return outside;
+}
+
+int LayerStep::excess_pixels() const {
+  int pixels = 0;
+  for (int y = 0; border_level != 0 && y < conv.out_h; ++y) {
+    for (int x = 0; x < conv.out_w; ++x) pixels += !taps_outside(y, x).empty();
+  }
+  return pixels;
+}
+
 void LayerStep::find_excess(const std::int16_t* levels) {
-  excess_.clear();
+  excess_ = Aligned(sizeof(std::int32_t) * static_cast<std::size_t>(excess_pixels()) * (2 + outputs()));
+  auto* next = reinterpret_cast<std::int32_t*>(excess_.data());
   for (int y = 0; y < conv.out_h; ++y) {
     for (int x = 0; x < conv.out_w; ++x) {
-      std::vector<int> outside;  // taps that meet the border
-      for (int tap = 0; tap < conv.taps(); ++tap) {
-        const int in_y = y * conv.stride_y + tap / conv.kw * conv.dilation_y - pad_y;
-        const int in_x = x * conv.stride_x + tap % conv.kw * conv.dilation_x - pad_x;
-        if (in_y < 0 || in_y >= size_y || in_x < 0 || in_x >= size_x) outside.push_back(tap);
-      }
+      const std::vector<int> outside = taps_outside(y, x);
       if (outside.empty()) continue;
-      Excess excess{y, x, std::vector<std::int32_t>(static_cast<std::size_t>(outputs()))};
+      *next++ = y;
+      *next++ = x;
       for (int o = 0; o < outputs(); ++o) {
         const std::int16_t* weight = levels + static_cast<std::ptrdiff_t>(o) * conv.c * conv.taps();
         std::int32_t sum = 0;
         for (int c = 0; c < conv.c; ++c) {
           for (const int tap : outside) sum += weight[c * conv.taps() + tap];
         }
-        excess.sums[static_cast<std::size_t>(o)] = border_level * sum;
+        *next++ = border_level * sum;
       }
-      excess_.push_back(std::move(excess));
     }
+  }
+}
+
+void LayerStep::take_excess(std::int32_t* acc, int ld, int y0, int y1, int o0, int o1) const {
+  const std::size_t each = 2 + static_cast<std::size_t>(outputs());
+  const auto* all = reinterpret_cast<const std::int32_t*>(excess_.data());
+  const auto pixels = std::views::iota(std::size_t{0}, excess_.size() / (each * sizeof(std::int32_t)));
+  const auto row = [=](std::size_t pixel) { return all[pixel * each]; };
+  for (auto at = std::ranges::lower_bound(pixels, y0, {}, row); at != pixels.end() && row(*at) < y1; ++at) {
+    const std::int32_t* excess = all + *at * each;
+    std::int32_t* sums = acc + (static_cast<std::ptrdiff_t>(excess[0] - y0) * conv.out_w + excess[1]) * ld;
+    for (int o = o0; o < o1; ++o) sums[o - o0] -= excess[2 + o];
   }
 }
 
@@ -69,6 +97,20 @@ std::size_t LayerStep::scratch_bytes() const {
       sizeof(std::int32_t) * static_cast<std::size_t>(rows) * conv.out_w * round_up(outputs(), 16);
   return static_cast<std::size_t>(round_up(static_cast<int>(acc), kAlign)) + kSlack +
          kernel->scratch_bytes(conv, rows);
+}
+
+std::size_t LayerStep::planned_bytes() const {
+  std::size_t bytes =
+      Aligned::allocated(kernel->weight_bytes(conv)) + 2 * Aligned::allocated(channel_bytes());
+  if (border_level != 0) {
+    bytes += Aligned::allocated(sizeof(std::int32_t) * static_cast<std::size_t>(excess_pixels()) *
+                                (2 + outputs()));
+  }
+  return bytes;
+}
+
+std::size_t LayerStep::kept_bytes() const {
+  return weights.allocated() + scale.allocated() + bias.allocated() + excess_.allocated();
 }
 
 bool LayerStep::run(const Frame& frame) const {
@@ -109,12 +151,7 @@ bool LayerStep::run_job(const Frame& frame, std::int64_t image, int y0, int y1, 
   std::uint8_t* scratch = frame.scratch + round_up(acc_bytes, kAlign) + kSlack;
   kernel->run(conv,
               {frame.at(input) + image * input_image, weights.data(), scratch, acc, ld, y0, y1, o0, o1});
-  const auto above = [](const Excess& excess, int y) { return excess.y < y; };
-  for (auto at = std::lower_bound(excess_.begin(), excess_.end(), y0, above);
-       at != excess_.end() && at->y < y1; ++at) {
-    std::int32_t* sums = acc + (static_cast<std::ptrdiff_t>(at->y - y0) * conv.out_w + at->x) * ld;
-    for (int o = o0; o < o1; ++o) sums[o - o0] -= at->sums[static_cast<std::size_t>(o)];
-  }
+  if (excess_.size() != 0) take_excess(acc, ld, y0, y1, o0, o1);
 
   Finish finish;
   finish.scale = reinterpret_cast<const float*>(scale.data());

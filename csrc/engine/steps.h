@@ -53,22 +53,26 @@ struct LayerStep final : Step {
   void use(const Kernel& by, const std::int16_t* levels);
 
   bool run(const Frame& frame) const override;
+  // These are of the kernel, shapes and padding alone: `planned_bytes` is what `kept_bytes` will be.
   std::size_t scratch_bytes() const override;
-
- private:
-  // What the border adds to the sums of one output pixel.
-  struct Excess {
-    int y, x;
-    std::vector<std::int32_t> sums;  // [outputs]
-  };
+  std::size_t planned_bytes() const;
+  std::size_t kept_bytes() const override;
 
   int outputs() const { return conv.groups * conv.o; }
+  std::size_t channel_bytes() const { return sizeof(float) * round_up(outputs(), 16); }  // scale's, bias's
+
+ private:
   int strip_rows() const;
+  std::vector<int> taps_outside(int y, int x) const;
+  int excess_pixels() const;
   void find_excess(const std::int16_t* levels);
+  void take_excess(std::int32_t* acc, int ld, int y0, int y1, int o0, int o1) const;
   bool run_job(const Frame& frame, std::int64_t image, int y0, int y1, int o0, int o1) const;
 
-  std::vector<Excess> excess_;  // in the order of rows
-  bool finite_ = false;         // scale and bias
+  // What the border adds to the sums of output pixels that meet it, in the order of rows: int32
+  // [excess_pixels][y, x, sum of output 0, 1, ...].
+  Aligned excess_;
+  bool finite_ = false;  // scale and bias
 };
 
 // A value of a run: a tensor whose data lies at a place.
@@ -116,6 +120,7 @@ struct OperationStep final : Step {
 
   bool run(const Frame& frame) const override;
   std::size_t scratch_bytes() const override;
+  std::size_t kept_bytes() const override { return operation.constant_bytes; }
 };
 
 }  // namespace mixbits

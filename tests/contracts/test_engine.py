@@ -23,7 +23,6 @@ from mixbits.pack.artifact import write_program
 from mixbits.pack.bits import native_available, pack
 from mixbits.quant.quantizer import LearnedStep
 from mixbits.runtime import Executor
-from mixbits.runtime.executor import unpack_weight
 from mixbits.runtime.kernels import bytes_of
 from mixbits.runtime.layout import Buffer, lay_out, reshaped_strides
 from mixbits.runtime.native import Native
@@ -39,11 +38,6 @@ if native_available():
 # Sums of floats and transcendental functions are float64 rounded once; another order or another library moves
 # a value across a tie once in many millions.
 ONCE_ROUNDED = 1.2e-7
-
-
-def native(program: Program, **options) -> Native:
-    weights = {name: unpack_weight(name, weight) for name, weight in program.weights.items()}
-    return Native(program, weights, **options)
 
 
 def outcome(run):
@@ -71,7 +65,7 @@ def test_random_programs_compute_what_the_reference_computes(seed):
             check(until, max_elements=LIMIT)
         except ValueError:
             continue  # its output is not batch first
-        engine, reference = native(until), Executor(until, max_elements=LIMIT, engine="reference")
+        engine, reference = Native(until), Executor(until, max_elements=LIMIT, engine="reference")
         for batch in (1, 3):
             x = rng.standard_normal((batch, *SAMPLE)).astype(np.float32)
             wanted = outcome(lambda: reference(x))  # noqa: B023  called at once
@@ -143,7 +137,7 @@ def test_results_do_not_depend_on_the_kernel():
     used = set[str]()
     for seed in range(6):
         draw = random.Random(seed)
-        engine = native(program, choose=lambda conv, layer, able: draw.choice(list(able)))  # noqa: B023
+        engine = Native(program, choose=lambda conv, layer, able: draw.choice(list(able)))  # noqa: B023
         used.update(ran.what for ran in engine.plan.ran)
         np.testing.assert_array_equal(engine.run(x, np.empty(wanted.shape, np.float32)), wanted)
     takes_part = {name for name, usable, _ in _native.kernels() if usable and "depthwise" not in name}

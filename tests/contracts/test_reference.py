@@ -21,10 +21,9 @@ from mixbits.core.instructions import INSTRUCTIONS
 from mixbits.core.program import Instruction, PackedWeight, Program
 from mixbits.pack.bits import pack
 from mixbits.runtime import integer
-from mixbits.runtime.executor import unpack_weight
 from mixbits.runtime.integer import exact_dtype
 from mixbits.runtime.reference import REFERENCE
-from mixbits.runtime.values import Codes
+from mixbits.runtime.values import Codes, unpack_weight
 
 # torch computes these in float32 and rounds many times; the reference rounds once. Relative to the largest
 # output.

@@ -29,6 +29,7 @@ from mixbits.graph.quant_graph import capture
 from mixbits.pack.artifact import read_program
 from mixbits.pack.bits import native_available
 from mixbits.runtime.latency import here
+from mixbits.runtime.native import planned_memory
 from mixbits.zoo import digits_cnn
 
 QUICK = [
@@ -208,6 +209,9 @@ def test_run_lists_what_really_ran(
 
     ran, printed = json.loads(result.read_text()), capsys.readouterr().out
     assert (ran["images"], ran["batch"]) == (40, 2)
+    memory = planned_memory(read_program(finished / "model.mixbits"), batch=2)
+    assert ran["memory"] == memory.to_json()
+    assert memory.words(threads=1) in printed
     for step in ran["steps"]:
         assert step["kernel"] in printed
         assert f"{step['bytes']:,}" in printed

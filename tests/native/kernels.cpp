@@ -1,21 +1,22 @@
 // Every kernel of a build against `direct_portable`, on random convolutions: for machines that Python is not
 // on.
 //
-//   kernels [CASES [SEED]]
+//   kernels [LAYERS [SEED [MACS]]]
+//
+// Every kernel computes so many layers that it accepts, of at most so many multiplications each.
 //
 // Memory is handed out as kernel.h promises it and no larger, and what may be read but means nothing is
 // filled with 0xA5, so that a sanitizer, or a wrong sum, shows what a kernel takes for granted. Exits with 1
-// if a sum differs or a kernel accepted nothing.
+// if a sum differs or a kernel accepts too few layers.
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <map>
 #include <memory>
 #include <new>
 #include <random>
-#include <string>
 #include <vector>
 
 #include "kernels/registry.h"
@@ -38,6 +39,8 @@ Memory memory_of(std::size_t bytes, std::uint8_t fill) {
   std::memset(memory.get(), fill, bytes);
   return memory;
 }
+
+constexpr int kDraws = 2000;  // at most, for each layer that a kernel is to compute: some accept few
 
 class Random {
  public:
@@ -114,12 +117,22 @@ void draw_weight_grid(Random& random, Conv& conv, std::vector<int>& levels) {
   conv.w_max = levels.back();
 }
 
-Layer draw_layer(Random& random) {
+std::int64_t macs_of(const Conv& conv) {
+  return std::int64_t{conv.groups} * conv.o * conv.c * conv.taps() * conv.out_h * conv.out_w;
+}
+
+Layer draw_layer(Random& random, std::int64_t most_macs) {
   Layer layer;
   Conv& conv = layer.conv;
-  draw_shape(random, conv);
+  do draw_shape(random, conv);
+  while (macs_of(conv) > most_macs);
   draw_input_grid(random, conv);
   draw_weight_grid(random, conv, layer.weight_levels);
+  return layer;
+}
+
+void draw_values(Random& random, Layer& layer) {
+  const Conv& conv = layer.conv;
   const bool extreme = random.chance(0.2);
   layer.weights.resize(static_cast<std::size_t>(conv.groups) * conv.o * conv.c * conv.taps());
   const int last = static_cast<int>(layer.weight_levels.size()) - 1;
@@ -136,7 +149,6 @@ Layer draw_layer(Random& random) {
           static_cast<std::uint8_t>(extreme ? conv.a_max * random.upto(1) : random.upto(conv.a_max));
     }
   }
-  return layer;
 }
 
 // Sums [out_h][out_w][groups * o], in jobs of `rows` rows and `channels` channels.
@@ -177,35 +189,45 @@ void describe(const Conv& c) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  const int cases = count > 1 ? std::atoi(arguments[1]) : 500;
+  const int layers = count > 1 ? std::atoi(arguments[1]) : 200;
   Random random(count > 2 ? static_cast<unsigned>(std::atoi(arguments[2])) : 1);
+  const std::int64_t most_macs = count > 3 ? std::atoll(arguments[3]) : std::int64_t{1} << 40;
   const Kernel* reference = mixbits::kernel_named("direct_portable");
   if (reference == nullptr) {
     std::puts("direct_portable, which the others are compared with, is not in this build");
     return 1;
   }
-  std::map<std::string, int> accepted, wrong;
-  for (int i = 0; i < cases; ++i) {
-    const Layer layer = draw_layer(random);
-    const auto expected = sums_of(*reference, layer, 1, 1 << 20);
-    for (const Kernel* kernel : mixbits::all_kernels()) {
-      if (kernel == reference || !mixbits::usable(kernel->isa)) continue;
-      accepted[kernel->name] += 0;
-      if (kernel->refuses(layer.conv) != nullptr) continue;
-      ++accepted[kernel->name];
-      const int step = kernel->rows_step;
-      const int rows = random.chance(0.5) ? kernel->rows(layer.conv) : step * (1 + random.upto(4));
-      if (sums_of(*kernel, layer, rows, random.one_of({64, 128, 1 << 20})) == expected) continue;
-      if (wrong[kernel->name]++ < 3) {
-        std::printf("%s, jobs of %d rows: sums differ\n", kernel->name, rows);
+  struct Tally {
+    const Kernel* kernel;
+    int accepted = 0, wrong = 0;
+  };
+  std::vector<Tally> tallies;
+  for (const Kernel* kernel : mixbits::all_kernels()) {
+    if (kernel != reference && mixbits::usable(kernel->isa)) tallies.push_back({kernel});
+  }
+  for (int draw = 0; draw < kDraws * layers; ++draw) {
+    Layer layer = draw_layer(random, most_macs);
+    std::vector<std::int32_t> expected;
+    for (Tally& tally : tallies) {
+      const Kernel& kernel = *tally.kernel;
+      if (tally.accepted == layers || kernel.refuses(layer.conv) != nullptr) continue;
+      if (expected.empty()) {
+        draw_values(random, layer);
+        expected = sums_of(*reference, layer, 1, 1 << 20);
+      }
+      ++tally.accepted;
+      const int rows = random.chance(0.5) ? kernel.rows(layer.conv) : kernel.rows_step * (1 + random.upto(4));
+      if (sums_of(kernel, layer, rows, random.one_of({64, 128, 1 << 20})) == expected) continue;
+      if (tally.wrong++ < 3) {
+        std::printf("%s, jobs of %d rows: sums differ\n", kernel.name, rows);
         describe(layer.conv);
       }
     }
   }
   bool right = true;
-  for (const auto& [name, taken] : accepted) {
-    std::printf("%-28s %d of %d layers, %d wrong\n", name.c_str(), taken, cases, wrong[name]);
-    right = right && taken > 0 && wrong[name] == 0;
+  for (const Tally& tally : tallies) {
+    std::printf("%-28s %d layers, %d wrong\n", tally.kernel->name, tally.accepted, tally.wrong);
+    right = right && tally.accepted == layers && tally.wrong == 0;
   }
   return right ? 0 : 1;
 }

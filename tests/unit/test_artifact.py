@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import random
 import struct
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +82,11 @@ def with_json(contents: bytes, entry) -> bytes:
     return struct.pack("<Q", len(text)) + text + contents[8 + length :]
 
 
+def edit_place(name: str, change):
+    """A change of a tensor's row in the header."""
+    return lambda header: change(header.get(name))
+
+
 def test_a_program_survives_its_file(tmp_path):
     written(tmp_path)
     again = read_program(tmp_path / "model.mixbits")
@@ -101,7 +108,11 @@ def test_a_program_survives_its_file(tmp_path):
 
 def test_the_file_holds_packed_weights_and_float_constants(tmp_path):
     written(tmp_path)
-    tensors = load_file(tmp_path / "model.mixbits")
+    tensors = {
+        name: tensor
+        for name, tensor in load_file(tmp_path / "model.mixbits").items()
+        if not name.startswith("~")
+    }
     assert {name: (str(t.dtype), t.shape) for name, t in tensors.items()} == {
         "conv.weight": ("uint8", (48 * 5 // 8,)),
         "head.weight": ("uint8", (3,)),
@@ -115,6 +126,126 @@ def test_the_file_holds_packed_weights_and_float_constants(tmp_path):
         "cut/step": ("float32", ()),
     }
     assert sum(tensor.nbytes for tensor in tensors.values()) == program().size_bytes
+
+
+def test_data_of_every_tensor_starts_at_a_multiple_of_64_bytes(tmp_path):
+    contents = written(tmp_path)
+    (length,) = struct.unpack("<Q", contents[:8])
+    header = json.loads(contents[8 : 8 + length])
+    starts = {
+        name: 8 + length + row["data_offsets"][0] for name, row in header.items() if name[0] not in "_~"
+    }
+    assert starts.keys() == {*program().weights, *program().constants}
+    assert all(start % 64 == 0 for start in starts.values())
+
+
+def mapped_by(array: np.ndarray) -> object:
+    """What holds the bytes that an array views."""
+    base = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return base.obj if isinstance(base, memoryview) else base
+
+
+def arrays(ours: Program) -> list[np.ndarray]:
+    return [*(weight.packed for weight in ours.weights.values()), *ours.constants.values()]
+
+
+def test_a_program_that_was_read_views_the_mapped_file(tmp_path):
+    written(tmp_path)
+    again = read_program(tmp_path / "model.mixbits")
+    holders = {id(mapped_by(array)) for array in arrays(again)}
+    assert isinstance(mapped_by(arrays(again)[0]), mmap.mmap)
+    assert len(holders) == 1
+    for array in arrays(again):
+        assert array.ctypes.data % 64 == 0
+        assert not array.flags.writeable
+
+
+def test_a_file_that_is_only_readable_is_read(tmp_path):
+    written(tmp_path)
+    (tmp_path / "model.mixbits").chmod(0o400)
+    assert read_program(tmp_path / "model.mixbits").size_bytes == program().size_bytes
+
+
+@pytest.mark.parametrize("change", ["deleted", "replaced"])
+def test_a_file_may_be_deleted_or_replaced_while_its_program_runs(tmp_path, change):
+    path = tmp_path / "model.mixbits"
+    written(tmp_path)
+    executor, x = Executor.from_file(path), np.ones((2, *program().input_shape), np.float32)
+    wanted = executor(x)
+    if change == "deleted":
+        path.unlink()
+    else:
+        ours = program()
+        other = {name: np.full_like(constant, 3) for name, constant in ours.constants.items()}
+        write_program(replace(ours, constants=other), path)
+        assert not np.array_equal(Executor.from_file(path)(x), wanted)
+    assert np.array_equal(executor(x), wanted)
+    assert np.array_equal(Executor(executor.program)(x), wanted)  # from the map again
+
+
+@pytest.mark.parametrize("shift", range(5), ids=lambda shift: f"{shift} bytes off")
+def test_files_without_alignment_are_read(tmp_path, shift):
+    """As safetensors writes them, and with data at any place."""
+    entry, _ = parts(written(tmp_path))
+    contents = save(
+        {
+            name: array.copy()
+            for name, array in zip([*program().weights, *program().constants], arrays(program()), strict=True)
+        },
+        metadata={"mixbits": json.dumps(entry)},
+    )
+    (length,) = struct.unpack("<Q", contents[:8])
+    header = contents[8 : 8 + length] + b" " * shift
+    (tmp_path / "old.mixbits").write_bytes(struct.pack("<Q", len(header)) + header + contents[8 + length :])
+    again = read_program(tmp_path / "old.mixbits")
+    assert all(array.flags.aligned for array in arrays(again))
+    x = np.random.default_rng(2).standard_normal((2, *program().input_shape)).astype(np.float32)
+    assert np.array_equal(Executor(again)(x), Executor(program())(x))
+
+
+PLACES = {
+    "'conv/bias' does not lie where": edit_place("conv/bias", lambda row: row["data_offsets"].reverse()),
+    "'head.weight' does not lie where": edit_place("head.weight", lambda row: row["shape"].append(2)),
+    "but [0-9]* follow the header": edit_place("", lambda row: None),
+    "data_offsets, not two": edit_place("token", lambda row: row["data_offsets"].pop()),
+    "must be lists of sizes": edit_place("token", lambda row: row["data_offsets"].insert(0, -1)),
+    "has the entries": edit_place("token", lambda row: row.pop("dtype")),
+    "tensor 'token' must be an object": lambda header: header.update(token=1),
+    "'~1' fills a gap": edit_place("~1", lambda row: row.update(dtype="F32", shape=[row["shape"][0] // 4])),
+}
+
+
+@pytest.mark.parametrize("message", PLACES)
+def test_tensors_that_lie_elsewhere_than_they_should_are_refused(tmp_path, message):
+    contents = written(tmp_path)
+    (length,) = struct.unpack("<Q", contents[:8])
+    header = json.loads(contents[8 : 8 + length])
+    PLACES[message](header)
+    text, data = json.dumps(header).encode(), contents[8 + length :]
+    if "follow" in message:
+        data = data[:-1]
+    (tmp_path / "broken.mixbits").write_bytes(struct.pack("<Q", len(text)) + text + data)
+    with pytest.raises(ValueError, match=f"broken.mixbits: .*{message}"):
+        read_program(tmp_path / "broken.mixbits")
+
+
+def test_fillers_hold_zeros(tmp_path):
+    contents = bytearray(written(tmp_path))
+    (length,) = struct.unpack("<Q", contents[:8])
+    filler = json.loads(contents[8 : 8 + length])["~1"]
+    contents[8 + length + filler["data_offsets"][0]] = 1
+    (tmp_path / "broken.mixbits").write_bytes(contents)
+    with pytest.raises(ValueError, match="'~1' fills a gap, but not with fewer than 64 zeros"):
+        read_program(tmp_path / "broken.mixbits")
+
+
+def test_names_of_fillers_are_refused_where_tensors_are_written(tmp_path):
+    ours = program()
+    constants = {**ours.constants, "~1": ours.constants["token"]}
+    with pytest.raises(ValueError, match="'~1' starts with '~'"):
+        write_program(replace(ours, constants=constants), tmp_path / "model.mixbits")
 
 
 def test_the_same_program_gives_the_same_bytes(tmp_path):

@@ -128,12 +128,17 @@ def test_what_really_ran_is_listed_with_kernels_times_and_bytes(tmp_path: Path) 
         {"name": "a + a/relu", "kernel": "dot_avx2", "weight_bits": 4, "input_bits": 8, "bytes": 3072, "us": 30.0},
     ]  # fmt: skip
     ran = {"engine": "native", "threads": 2, "batch": 1, "ms": 0.0425, "predicted_ms": 0.0431, "steps": steps}
+    ran["memory"] = {"arenas": 2048, "scratch": 1536, "weights": 1024, "total": 4608}
 
     text = page(tmp_path, summary(runtime=ran))
 
     shown = " ".join(Elements(text).text.split())
     assert "0.0425 ms a run of 1 sample, native engine, 2 threads; its steps add up to 0.04 ms" in shown
     assert "the latency table predicted 0.0431 ms." in shown
+    assert (
+        "Memory of the engine: 4.5 KiB, of which 2.0 KiB are values between steps and 1.5 KiB scratch"
+        in shown
+    )
     row = re.search(r"<tr><th[^>]*>a \+ a/relu</th>(.*?)</tr>", text, re.DOTALL)
     assert row is not None
     assert re.findall(r"<td[^>]*>(.*?)</td>", row[1]) == ["dot_avx2", "4", "8", "30.0", "75.0 %", "3.0"]

@@ -69,8 +69,7 @@ def layers_of(native: Native | None) -> list[str]:
 @pytest.mark.parametrize("seed", range(8))
 def test_results_do_not_depend_on_the_choice(seed):
     draw, x = random.Random(seed), images()
-    weights = Executor(program(), engine="native").native._weights
-    native = Native(program(), weights, choose=lambda conv, layer, kernels: draw.choice(kernels))
+    native = Native(program(), choose=lambda conv, layer, kernels: draw.choice(kernels))
 
     expected = Executor(program(), engine="reference")(x)
 
@@ -182,7 +181,6 @@ def test_bytes_moved_are_inputs_outputs_and_weights():
     convs: dict[str, _native.Conv] = {}
     Native(
         program(),
-        executor.native._weights,
         choose=lambda conv, layer, names: convs.setdefault(layer, conv) and names[0],
     )
 

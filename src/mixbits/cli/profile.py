@@ -1,4 +1,4 @@
-"""``mixbits profile``: what a network is made of, what widths would cost, and how long layers take here."""
+"""``mixbits profile``: what a network is made of, what widths would cost, and what its engine takes here."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ from mixbits.core.budget import LATENCY, format_amount
 from mixbits.core.cost import COSTS, find_cost, float_bits
 from mixbits.core.grid import Grid
 from mixbits.core.latency import LatencyTable
-from mixbits.core.policy import read_policy
+from mixbits.core.policy import Policy, read_policy
 from mixbits.core.profile import Profile
+from mixbits.core.program import Program
 from mixbits.data.open import open_dataset
 from mixbits.fit.stages import build_network
 from mixbits.graph.quant_graph import QuantGraph, capture
 from mixbits.lower.untrained import lower_untrained
-from mixbits.runtime.latency import measure_latency, predicted_ms
+from mixbits.runtime.latency import here, measure_latency, predicted_ms, regridded
+from mixbits.runtime.memory import Memory
+from mixbits.runtime.native import planned_memory
+from mixbits.runtime.tune import tuned
 from mixbits.train.method import usual_grid
 
 UNIFORM = (8, 4, 2)  # bits shown beside float
@@ -43,8 +47,8 @@ class ProfileNetwork:
     latency: Path | None = None  # time every layer at every pair of widths, and write the table here
     weight_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)  # that are timed
     activation_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
-    threads: int = 1  # of the runs that are timed
-    batch: int = 1  # samples of a run that is timed
+    threads: int = 1  # of the runs that are timed, and whose memory is planned
+    batch: int = 1  # samples of such a run
     tune: bool = False  # choose kernels by measurement, as `mixbits run --tune` does
 
 
@@ -65,7 +69,13 @@ def main(arguments: list[str]) -> None:
     console.print(_sites(profile))
     if table is not None:
         console.print(_times(table))
+<<<<<<< HEAD
     console.print(_costs(profile, chosen, table))
+=======
+    policies = {} if chosen.policy is None else {chosen.policy.name: _policy(profile, chosen.policy)}
+    console.print(_costs(profile, policies, table))
+    console.print(_memory(graph, policies, chosen))
+>>>>>>> mem
     for path, entry in ((chosen.json, profile), (chosen.latency, table)):
         if path is not None and entry is not None:
             path.write_text(json.dumps(entry.to_json(), indent=1) + "\n", encoding="utf-8")
@@ -120,6 +130,7 @@ def _times(table: LatencyTable) -> Table:
     return shown
 
 
+<<<<<<< HEAD
 def _costs(profile: Profile, chosen: ProfileNetwork, latency: LatencyTable | None) -> Table:
     costs = dict(COSTS)
     for name in chosen.costs:
@@ -133,6 +144,52 @@ def _costs(profile: Profile, chosen: ProfileNetwork, latency: LatencyTable | Non
         policy = read_policy(chosen.policy)
         policy.check(profile)
         columns[chosen.policy.name] = policy.bits
+=======
+def _policy(profile: Profile, path: Path) -> Policy:
+    policy = read_policy(path)
+    policy.check(profile)
+    return policy
+
+
+def _memory(graph: QuantGraph, policies: Mapping[str, Policy], chosen: ProfileNetwork) -> Table | str:
+    """What the native engine will take, by width; in words why that cannot be said."""
+    try:
+        program = lower_untrained(graph)
+        columns = {
+            f"{bits} bits": _planned(
+                program, {s.name: usual_grid(s, bits) for s in graph.profile.sites}, chosen
+            )
+            for bits in UNIFORM
+        }
+        columns |= {name: _planned(program, policy.grids, chosen) for name, policy in policies.items()}
+        cpu, isa, _ = here()
+    except ValueError as error:
+        return f"memory of the native engine is not known: {error}"
+    table = Table(
+        title=f"bytes of the native engine, threads: {chosen.threads}, batch: {chosen.batch}",
+        caption=f"with the kernels that are chosen by their estimates on {cpu}, level {isa}; values and "
+        "scratch are of all threads",
+    )
+    table.add_column("memory")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for field in ("arenas", "scratch", "weights", "total"):
+        table.add_row(field, *(f"{memory.to_json()[field]:,}" for memory in columns.values()))
+    return table
+
+
+def _planned(program: Program, grids: Mapping[str, Grid], chosen: ProfileNetwork) -> Memory:
+    """At these grids; where kernels are chosen by measurement, with those."""
+    at_grids = regridded(program, grids.__getitem__)
+    choose = tuned(at_grids, threads=chosen.threads) if chosen.tune else None
+    return planned_memory(at_grids, threads=chosen.threads, batch=chosen.batch, choose=choose)
+
+
+def _costs(profile: Profile, policies: Mapping[str, Policy], latency: LatencyTable | None) -> Table:
+    columns = {"float32": float_bits(profile)}
+    columns |= {f"{bits} bits": {site.name: bits for site in profile.sites} for bits in UNIFORM}
+    columns |= {name: policy.bits for name, policy in policies.items()}
+>>>>>>> mem
     table = Table(title="costs")
     table.add_column("cost")
     for name in columns:

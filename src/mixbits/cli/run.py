@@ -61,6 +61,10 @@ def main(arguments: list[str]) -> None:
         f"{executor.program.weight_bytes} bytes of weights\n"
     )
     result: dict[str, Any] = {"top1": 100 * correct / count, "images": count}
+    memory = executor.memory(chosen.batch_size)
+    if memory is not None:
+        sys.stdout.write(memory.words(chosen.threads) + "\n")
+        result["memory"] = memory.to_json()
     if chosen.steps > 0:
         result |= speed(executor, dataset.test.take(np.arange(chosen.steps) % len(dataset.test))[0])
         Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140).print(_steps(result))

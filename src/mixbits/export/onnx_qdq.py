@@ -31,7 +31,7 @@ from mixbits.export.quantizing import (
     weight_steps,
 )
 from mixbits.graph.quant_graph import QuantGraph
-from mixbits.runtime.executor import unpack_weight
+from mixbits.runtime.values import weight_levels
 
 Runtime: TypeAlias = Literal["any", "onnxruntime"]
 Smallest: TypeAlias = Literal[8, 4, 2]
@@ -337,7 +337,7 @@ class _Exporter:
     def _levels(self, step: Instruction) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
         """Levels [O, ...] of a layer's weight and the step of each channel, batch norm included."""
         attrs, (name,) = step.attrs, step.inputs
-        levels = unpack_weight(attrs["weight"], self.program.weights[attrs["weight"]]).levels
+        levels = weight_levels(attrs["weight"], self.program.weights[attrs["weight"]])
         size, constants = self.steps[self.origins[name]], self.program.constants
         steps = weight_steps(constants[attrs["scale"]], size)
         if self.runtime != "onnxruntime":

@@ -29,7 +29,7 @@ from mixbits.export.quantizing import (
 )
 from mixbits.graph.quant_graph import QuantGraph, put_
 from mixbits.quant.quantizer import LearnedStep, Quantizer
-from mixbits.runtime.executor import unpack_weight
+from mixbits.runtime.values import weight_levels
 
 DOMAIN = "qonnx.custom_op.general"
 OPSET, IR_VERSION = 21, 10
@@ -166,7 +166,7 @@ class _Exporter:
         """
         attrs = step.attrs
         packed = self.program.weights[attrs["weight"]]
-        levels = unpack_weight(attrs["weight"], packed).levels
+        levels = weight_levels(attrs["weight"], packed)
         whole = weight_steps(self.program.constants[attrs["scale"]], self.steps[self.origins[step.inputs[0]]])
         scale = np.where(whole == 0, np.float32(1), np.abs(whole))
         if self.power_of_two:

@@ -1,6 +1,8 @@
 """The file of a program: one ``.mixbits`` file in the safetensors format. Loading it runs no code.
 
-Tensors: every packed weight as uint8, named by its site, and every constant as float32. The safetensors
+Tensors: every packed weight as uint8, named by its site, and every constant as float32. The data of each
+starts at a multiple of 64 bytes of the file: the header ends in spaces, and because the format allows no gaps
+between tensors, fillers of fewer than 64 zeros stand there, whose names start with ``~``. The safetensors
 metadata holds one entry, ``mixbits``: the program as JSON. The same program always gives the same bytes.
 
     {"format": "mixbits", "version": 1, "input_shape": [3, 32, 32], "output": "linear/linear",
@@ -8,6 +10,10 @@ metadata holds one entry, ``mixbits``: the program as JSON. The same program alw
      "instructions": [{"op": "quantize", "name": "input", "inputs": ["input"], "output": "input@quantized",
                        "attrs": {"grid": {"bits": 8, "signed": true, "form": "full"}, "step": "input/step"}}],
      "about": {...}}
+
+Reading maps the file into memory; tensors are read-only views of it, none is copied (but floats of files that
+others wrote at odd places). The file may be deleted or replaced afterwards, as :func:`write_program` replaces
+it; cutting it in place takes the memory away from under its readers.
 
 A file may come from anywhere: everything is checked before it is used, and what reading it allocates is
 bounded by the size of the file. Every problem is a ``ValueError`` that names the file.
@@ -17,15 +23,15 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import numpy as np
-import safetensors
 from numpy.typing import NDArray
-from safetensors.numpy import save
 
 from mixbits.core.check import MAX_ELEMENTS, MAX_INSTRUCTIONS, check
 from mixbits.core.files import whole_file
@@ -36,8 +42,12 @@ from mixbits.pack.bits import packed_bytes, unpack
 
 FORMAT = "mixbits"
 VERSION = 1
+LENGTH_BYTES = 8  # in front of the header: its length
 MAX_HEADER_BYTES = 2**23  # 8 MiB: a thousand instructions take about 300 KB
 MAX_ABOUT_DEPTH = 32
+ALIGN = 64  # bytes: where data of tensors starts, a cache line
+FILLER = "~"  # names of what stands between tensors start so
+KINDS = {"F32": np.dtype("<f4"), "U8": np.dtype(np.uint8)}
 REMEDY = "Lower the network again, or fetch the file again."
 
 
@@ -55,9 +65,32 @@ def write_program(program: Program, path: str | Path) -> None:
     if len(tensors) < len(program.weights) + len(program.constants):
         both = sorted(set(program.weights) & set(program.constants))
         raise ValueError(f"{both[0]!r} names both a weight and a constant; rename one")
-    contents = save(tensors, metadata={FORMAT: _to_text(program)})
+    reserved = sorted(name for name in tensors if name.startswith(FILLER))
+    if reserved:
+        raise ValueError(f"{reserved[0]!r} starts with {FILLER!r}, as fillers of the file do; rename it")
+    header: dict[str, Any] = {"__metadata__": {FORMAT: _to_text(program)}}
+    data: list[bytes] = []
+    end = 0
+    for name in sorted(tensors, key=lambda name: (tensors[name].dtype == np.uint8, name)):
+        if end % ALIGN:
+            zeros = np.zeros(-end % ALIGN, np.uint8)
+            end = _append(header, data, f"{FILLER}{len(data)}", zeros, end)
+        end = _append(header, data, name, tensors[name], end)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(LENGTH_BYTES + len(text)) % ALIGN)
     with whole_file(path) as file:
-        file.write(contents)
+        file.write(struct.pack("<Q", len(text)) + text)
+        for contents in data:
+            file.write(contents)
+
+
+def _append(header: dict[str, Any], data: list[bytes], name: str, tensor: NDArray[Any], start: int) -> int:
+    """Put a tensor behind those before it, which end at ``start``; where it ends."""
+    kind = next(word for word, dtype in KINDS.items() if dtype == tensor.dtype)
+    end = start + tensor.nbytes
+    header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    data.append(np.asarray(tensor, KINDS[kind], order="C").tobytes())
+    return end
 
 
 def _to_text(program: Program) -> str:
@@ -94,8 +127,8 @@ def read_program(path: str | Path, *, max_elements: int = MAX_ELEMENTS) -> Progr
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        entry = _metadata(path)
-        return _program(entry, _tensors(path), max_elements)
+        contents, header, start = _mapped(path)
+        return _program(_metadata(header), _tensors(header, contents[start:]), max_elements)
     except RecursionError:
         raise ValueError(f"{path}: its JSON is nested too deeply. {REMEDY}") from None
     except ValueError as error:
@@ -106,17 +139,22 @@ def _fail(problem: str) -> NoReturn:
     raise ValueError(f"{problem}. {REMEDY}")
 
 
-def _metadata(path: Path) -> dict[str, Any]:
-    """The program's JSON object, once format and version are known to be ours."""
-    size = path.stat().st_size
+def _mapped(path: Path) -> tuple[NDArray[np.uint8], dict[str, Any], int]:
+    """The file's bytes as a map that is only read, its header, and where data starts."""
     with path.open("rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
+        size = file.seek(0, os.SEEK_END)
+        if size < LENGTH_BYTES:
             _fail(f"it has {size} bytes, too few for a safetensors file")
-        (length,) = struct.unpack("<Q", start)
-        if length > min(MAX_HEADER_BYTES, size - 8):
-            _fail(f"its header claims {length} bytes of a file of {size}; it is cut off or of another kind")
-        header = _json(file.read(length))
+        contents = np.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), np.uint8)
+    (length,) = struct.unpack("<Q", contents[:LENGTH_BYTES].tobytes())
+    if length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
+        _fail(f"its header claims {length} bytes of a file of {size}; it is cut off or of another kind")
+    start = LENGTH_BYTES + length
+    return contents, _object(_json(contents[LENGTH_BYTES:start].tobytes()), "its header"), start
+
+
+def _metadata(header: dict[str, Any]) -> dict[str, Any]:
+    """The program's JSON object, once format and version are known to be ours."""
     metadata = _entry(header, "__metadata__")
     text = _entry(metadata, FORMAT)
     if not isinstance(text, str):
@@ -155,21 +193,52 @@ def _json(text: bytes) -> Any:
         _fail(f"its header is not JSON ({error})")
 
 
-def _tensors(path: Path) -> dict[str, NDArray[Any]]:
-    """Tensors by name, uint8 and float32 only; the library checks offsets and sizes against the file."""
-    kinds = {"U8": np.uint8, "F32": np.dtype("<f4")}
-    try:
-        raw = cast(list[tuple[str, dict[str, Any]]], safetensors.deserialize(path.read_bytes()))  # pyright: ignore[reportUnknownMemberType]
-    except safetensors.SafetensorError as error:
-        _fail(f"it is damaged ({error})")
+def _tensors(header: dict[str, Any], data: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+    """Tensors by name, uint8 and float32 only: views of ``data``, which they cover without gaps."""
+    rows = [(name, _place(name, row)) for name, row in header.items() if name != "__metadata__"]
     found: dict[str, NDArray[Any]] = {}
-    for name, tensor in raw:
-        if tensor["dtype"] not in kinds:
-            _fail(f"tensor {name!r} is {tensor['dtype']}, but only uint8 and float32 are stored")
-        if len(tensor["shape"]) > MAX_RANK:
-            _fail(f"tensor {name!r} has {len(tensor['shape'])} dimensions")
-        found[name] = np.frombuffer(bytes(tensor["data"]), kinds[tensor["dtype"]]).reshape(tensor["shape"])
+    end = 0
+    for name, (kind, shape, offsets) in sorted(rows, key=lambda row: row[1].offsets):
+        if offsets[0] != end or offsets[1] - end != math.prod(shape) * kind.itemsize:
+            _fail(f"tensor {name!r} does not lie where the one before it ends, or has another size")
+        end = offsets[1]
+        tensor = data[offsets[0] : end]
+        if name.startswith(FILLER):
+            if kind != np.uint8 or tensor.size >= ALIGN or tensor.any():
+                _fail(f"{name[:80]!r} fills a gap, but not with fewer than {ALIGN} zeros")
+        elif end <= data.size:
+            found[name] = np.require(tensor.view(kind).reshape(shape), requirements="A")
+    if end != data.size:
+        _fail(f"its tensors take {end} bytes, but {data.size} follow the header; it is damaged")
     return found
+
+
+class _Place(NamedTuple):
+    """A tensor as the header describes it."""
+
+    kind: np.dtype[Any]
+    shape: tuple[int, ...]
+    offsets: tuple[int, int]  # of its first byte and behind its last, into the data
+
+
+def _place(name: str, row: Any) -> _Place:
+    row = _object(row, f"tensor {name!r}")
+    if set(row) != {"dtype", "shape", "data_offsets"} or not is_name(name):
+        _fail(f"tensor {name[:80]!r} has the entries {sorted(row)}, wanted: data_offsets, dtype, shape")
+    if row["dtype"] not in [*KINDS]:
+        _fail(f"tensor {name!r} is {str(row['dtype'])[:80]}, but only uint8 and float32 are stored")
+    shape, offsets = (_sizes(name, row[key]) for key in ("shape", "data_offsets"))
+    if len(shape) > MAX_RANK:
+        _fail(f"tensor {name!r} has {len(shape)} dimensions")
+    if len(offsets) != 2:
+        _fail(f"tensor {name!r} has {len(offsets)} data_offsets, not two")
+    return _Place(KINDS[row["dtype"]], shape, (offsets[0], offsets[1]))
+
+
+def _sizes(name: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(is_int(size, 0, 2**63 - 1) for size in cast(list[Any], value)):
+        _fail(f"tensor {name!r}: its shape and data_offsets must be lists of sizes")
+    return tuple(cast(list[int], value))
 
 
 def _program(entry: dict[str, Any], tensors: Mapping[str, NDArray[Any]], max_elements: int) -> Program:

@@ -95,6 +95,16 @@ class Runtime:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Bytes that the native engine takes for that run, planned and allocated."""
+
+    arenas: float | None = None  # values between steps, of all threads
+    scratch: float | None = None  # of all threads
+    weights: float | None = None  # as kernels read them
+    total: float | None = None
+
+
+@dataclass(frozen=True)
 class Step:
     """One step of that run: what it computes, by which kernel, and its time."""
 
@@ -135,6 +145,7 @@ class Summary:
     limits: tuple[Limit, ...] = ()
     sites: tuple[Site, ...] = ()
     runtime: Runtime | None = None
+    memory: Memory | None = None  # of the runtime
     steps: tuple[Step, ...] = ()  # of the runtime
     instructions: tuple[Instruction, ...] = ()
 
@@ -166,6 +177,7 @@ def read_summary(path: Path) -> Summary:
         "limits": many(Limit, entry.get("limits"), f"{where}: limits"),
         "sites": many(Site, entry.get("sites"), f"{where}: sites"),
         "runtime": one(Runtime, entry.get("runtime"), f"{where}: runtime"),
+        "memory": one(Memory, (entry.get("runtime") or {}).get("memory"), f"{where}: runtime: memory"),
         "steps": many(Step, (entry.get("runtime") or {}).get("steps"), f"{where}: runtime: steps"),
         "instructions": many(Instruction, entry.get("instructions"), f"{where}: instructions"),
     }

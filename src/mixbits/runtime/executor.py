@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -11,15 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixbits.core.check import MAX_ELEMENTS, check, specs
-from mixbits.core.grid import grid_from_json, levels_of
+from mixbits.core.grid import grid_from_json
 from mixbits.core.instructions import BATCHED, CONSTANT, GRID, INSTRUCTIONS, MAYBE_CONSTANT, WEIGHT
-from mixbits.core.program import Instruction, PackedWeight, Program, last_reads
+from mixbits.core.program import Instruction, Program, last_reads
 from mixbits.pack.artifact import read_program
-from mixbits.pack.bits import native_available, unpack
+from mixbits.pack.bits import native_available
+from mixbits.runtime.memory import Memory
 from mixbits.runtime.native import NOT_FINITE, Native, check_native
 from mixbits.runtime.reference import REFERENCE
 from mixbits.runtime.tune import tuned
-from mixbits.runtime.values import Codes, Floats, Value, Weight, floats_of
+from mixbits.runtime.values import Codes, Floats, Value, Weight, floats_of, unpack_weight
 
 Engine: TypeAlias = Literal["native", "reference"]
 
@@ -41,7 +43,7 @@ class Executor:
         engine: Engine | None = None,
         max_elements: int = MAX_ELEMENTS,
     ) -> None:
-        """Check the program and unpack its weights; ``max_elements`` limits every value, for one sample.
+        """Check the program and make it ready; ``max_elements`` limits every value, for one sample.
 
         ``threads`` are the native engine's. With ``tune`` it measures which kernels are fastest, which takes
         a second or two once, and keeps what it found for the next time (``runtime/tune.py``); results are the
@@ -53,8 +55,6 @@ class Executor:
         self.program = program
         self._max_elements = max_elements
         self._last = last_reads(program)
-        weights = {name: unpack_weight(name, weight) for name, weight in program.weights.items()}
-        self._attrs = [_resolve(step, program, weights) for step in program.instructions]
         self._shapes: dict[int, tuple[int, ...]] = {}
         # Where all that reads the input rounds it, the engine looks at its values while it does.
         self._checks_values = any(
@@ -64,17 +64,35 @@ class Executor:
         if engine == "native" or (engine is None and native_available()):
             check_native(threads)  # what was asked for wrongly is an error, not a reason to run more slowly
             try:
-                choose = tuned(program, weights, threads=threads) if tune else None
-                self.native = Native(program, weights, threads=threads, choose=choose)
+                choose = tuned(program, threads=threads) if tune else None
+                self.native = Native(program, threads=threads, choose=choose)
             except ValueError as error:
                 if engine == "native":
                     raise
+                self._attrs  # noqa: B018  a damaged weight is an error whatever runs
                 warnings.warn(f"the NumPy reference runs, more slowly: {error}", stacklevel=2)
+
+        if self.native is None:
+            self._attrs  # noqa: B018  now, not when it first runs
 
     @property
     def engine(self) -> Engine:
         """What runs."""
         return "reference" if self.native is None else "native"
+
+    def memory(self, batch: int = 1) -> Memory | None:
+        """Bytes that the native engine plans for runs of ``batch`` samples; None of the reference.
+
+        They depend on the number of threads and on the kernels that were chosen; on ``batch`` only where
+        samples cannot run one by one.
+        """
+        return None if self.native is None else self.native.memory(batch)
+
+    @cached_property
+    def _attrs(self) -> list[dict[str, Any]]:
+        """What the reference reads: attributes of each instruction, weights unpacked."""
+        weights = {name: unpack_weight(name, weight) for name, weight in self.program.weights.items()}
+        return [_resolve(step, self.program, weights) for step in self.program.instructions]
 
     @classmethod
     def from_file(cls, path: str | Path, *, threads: int = 1, tune: bool = False) -> Executor:
@@ -127,19 +145,6 @@ class Executor:
             assert value.shape == expected[step.output].shape, step.name
             assert isinstance(value, Codes) or value.dtype == np.float32, step.name
             yield step.output, value
-
-
-def unpack_weight(name: str, weight: PackedWeight) -> Weight:
-    """The levels of a packed weight; raises ``ValueError`` if a code has no level."""
-    codes = unpack(weight.packed, weight.grid.bits, int(np.prod(weight.shape))).reshape(weight.shape)
-    if codes.size and int(codes.max()) >= len(weight.grid.levels):
-        raise ValueError(
-            f"{name}: code {int(codes.max())} has no level; its grid has {len(weight.grid.levels)}. "
-            "The file is damaged or was written by something else."
-        )
-    levels = levels_of(codes, weight.grid)
-    sums = np.abs(levels.reshape(levels.shape[0], -1), dtype=np.int64).sum(axis=1)
-    return Weight(levels, int(sums.max(initial=0)))
 
 
 def _resolve(step: Instruction, program: Program, weights: Mapping[str, Weight]) -> dict[str, Any]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import inf, prod
 from typing import TYPE_CHECKING
 
 from mixbits.core.check import specs
 from mixbits.core.program import Program
 from mixbits.pack.bits import native_available
+from mixbits.runtime.memory import Memory
 from mixbits.runtime.plan import Choose, Plan, Ran, cheapest, make_plan
 from mixbits.runtime.simplify import separable
-from mixbits.runtime.values import Floats, Weight
+from mixbits.runtime.values import Floats
 
 if TYPE_CHECKING or native_available():
     from mixbits import _native
@@ -29,14 +29,13 @@ class Native:
     def __init__(
         self,
         program: Program,
-        weights: Mapping[str, Weight],
         *,
         threads: int = 1,
         choose: Choose | None = None,
     ) -> None:
         check_native(threads)
         self.program, self.threads = program, threads
-        self._weights, self._choose = weights, choose or cheapest
+        self._choose = choose or cheapest
         self.separable = separable(program)  # samples run one by one
         self._engines: dict[int, tuple[_native.Engine, Plan]] = {}
         self.plan = self._engine(1)[1]
@@ -63,14 +62,17 @@ class Native:
             raise _not_a_number(plan.ran[seconds.index(inf)])
         return list(zip(plan.ran, seconds, strict=True))
 
-    @property
-    def memory(self) -> int:
-        """Bytes that a run takes beside weights: values and scratch, of all threads."""
-        return self._engine(1)[0].memory()
+    def memory(self, batch: int = 1) -> Memory:
+        """What the engine for ``batch`` samples takes, as planned."""
+        return self._engine(1 if self.separable else batch)[1].memory(self.threads)
+
+    def allocated(self, batch: int = 1) -> Memory:
+        """What it has allocated: after a run, as much as :meth:`memory` says."""
+        return Memory(*self._engine(1 if self.separable else batch)[0].allocated())
 
     def _engine(self, batch: int) -> tuple[_native.Engine, Plan]:
         if batch not in self._engines:
-            plan = make_plan(self.program, self._weights, batch=batch, choose=self._choose)
+            plan = make_plan(self.program, batch=batch, choose=self._choose)
             sizes = specs(self.program, batch)
             sample_in, sample_out = (4 * prod(sizes[name].shape) for name in ("input", self.program.output))
             engine = _native.Engine(plan.arena, plan.constants, sample_in, sample_out, self.threads)
@@ -80,6 +82,18 @@ class Native:
                 del self._engines[next(iter(self._engines))]
             self._engines[batch] = engine, plan
         return self._engines[batch]
+
+
+def planned_memory(
+    program: Program, *, threads: int = 1, batch: int = 1, choose: Choose | None = None
+) -> Memory:
+    """What an engine for ``batch`` samples a run will take, from the program alone; no weight is unpacked.
+
+    Raises ``ValueError`` where the engine cannot run the program, naming the layer.
+    """
+    check_native(threads)
+    plan = make_plan(program, batch=1 if separable(program) else batch, choose=choose)
+    return plan.memory(threads)
 
 
 def check_native(threads: int) -> None:

@@ -43,8 +43,9 @@ from mixbits.runtime.layout import (
     rows_stride,
     two,
 )
+from mixbits.runtime.memory import Memory
 from mixbits.runtime.simplify import readers_of, simplified
-from mixbits.runtime.values import Weight
+from mixbits.runtime.values import weight_levels
 
 if TYPE_CHECKING or native_available():
     from mixbits import _native
@@ -80,14 +81,24 @@ class Plan:
     makers: list[Callable[[], Any]] = field(default_factory=list[Callable[[], Any]])
     ran: list[Ran] = field(default_factory=list[Ran])
     arena: int = 0  # bytes
+    scratch: int = 0  # bytes, of the step that needs most
+    kept: int = 0  # bytes of weights and of what else steps keep
     constants: Any = None
 
+    def memory(self, threads: int) -> Memory:
+        """What an engine of so many threads will allocate."""
+        arena, scratch, constants = (
+            size + SLACK for size in (self.arena, self.scratch, self.constants.nbytes)
+        )
+        return Memory(threads * arena, threads * scratch, constants + self.kept)
 
-def make_plan(
-    program: Program, weights: Mapping[str, Weight], *, batch: int = 1, choose: Choose | None = None
-) -> Plan:
-    """Steps for ``batch`` samples; ``ValueError`` where the engine cannot run it, naming the layer."""
-    planner = _Planner(simplified(program), weights, batch, choose or cheapest)
+
+def make_plan(program: Program, *, batch: int = 1, choose: Choose | None = None) -> Plan:
+    """Steps for ``batch`` samples; ``ValueError`` where the engine cannot run it, naming the layer.
+
+    Weights are looked at when steps are made, one after the other.
+    """
+    planner = _Planner(simplified(program), batch, choose or cheapest)
     planner.run()
     return planner.plan
 
@@ -131,7 +142,6 @@ class _After:
 @dataclass
 class _Planner:
     program: Program
-    weights: Mapping[str, Weight]
     batch: int
     choose: Choose
 
@@ -188,6 +198,11 @@ class _Planner:
                 value.home.last = len(self.plan.makers)
         self.plan.makers.append(make)
         self.plan.ran.append(replace(ran, bytes=ran.bytes + sum(value.nbytes for value in values)))
+
+    def _need(self, kept: int, scratch: int) -> None:
+        """Note the bytes that a step keeps and those of its scratch, which the next step uses again."""
+        self.plan.kept += kept
+        self.plan.scratch = max(self.plan.scratch, scratch)
 
     def _floats(self, name: str, shape: tuple[int, ...], order: Sequence[int]) -> Placed:
         """Room for floats, dense with dimensions in this order, the last one closest together."""
@@ -349,12 +364,16 @@ class _Planner:
             )
         attrs = self._attrs(step)
 
-        def make() -> Any:
+        def placed() -> _native.OperationStep:
             operation = _native.Operation(step.op, attrs)
-            made = _native.OperationStep(operation, [value.operand for value in inputs], to.operand)
+            return _native.OperationStep(operation, [value.operand for value in inputs], to.operand)
+
+        def make() -> Any:
+            made = placed()
             made.borders = self._borders(to)
             return made
 
+        self._need(*placed().needs())
         self._step(make, [*inputs, to], Ran((step.name,), step.op))
         self.values[step.output] = to
 
@@ -389,24 +408,30 @@ class _Planner:
         assert source.grid is not None
         assert source.storage is not None
         weight = self.program.weights[step.attrs["weight"]]
-        levels = self.weights[step.attrs["weight"]].levels
-        conv, row = self._conv(step, source, levels.shape)
+        conv, row = self._conv(step, source, weight.shape)
         after = self._after(index, step, shape)
         kernel = self._kernel(conv, step.name)
         border = None if linear or source.storage.zero is not None else source.storage.offset
 
-        def make() -> Any:
+        def shaped() -> _native.LayerStep:
             made = _native.LayerStep()
             made.conv, made.images = conv, 1 if linear else shape[0]
-            made.input, made.input_image = self._window(step, source), 0 if linear else source.strides[0]
             if border is not None:
                 (top, _), (left, _) = two(step.attrs["padding"], (0, 0))
                 made.pad(border, top, left, *image(source.shape)[2:])
+            return made
+
+        def make() -> Any:
+            made = shaped()
+            made.input, made.input_image = self._window(step, source), 0 if linear else source.strides[0]
             after.give(made, row)
             made.borders = [border for to, _, _ in after.maps for border in self._borders(to)]
             scale, bias = (self.program.constants[step.attrs[key]] for key in ("scale", "bias"))
-            made.use(kernel, levels.reshape(levels.shape[0], conv.c, conv.kh, conv.kw), scale, bias)
+            levels = weight_levels(step.attrs["weight"], weight)
+            made.use(kernel, levels.reshape(-1, conv.c, conv.kh, conv.kw), scale, bias)
             return made
+
+        self._need(*shaped().needs(kernel))
 
         macs = conv.groups * conv.o * conv.c * conv.kh * conv.kw * conv.out_h * conv.out_w
         ran = Ran(

@@ -17,9 +17,10 @@ FEWEST, MOST = 3, 50  # runs
 def speed(executor: Executor, x: Floats) -> dict[str, Any]:
     """JSON of how fast ``x`` ``[n, ...]`` runs, in least times; ``n`` is 1 or more.
 
-    ``engine``, ``threads``, ``batch``; ``ms``: of a call, with all its samples; ``steps``: what the native
-    engine does in order, each with ``name``: the instructions it computes; ``kernel``: that, or the
-    operation; ``weight_bits`` and ``input_bits``: null if it is no layer; ``macs``; ``bytes``: inputs,
+    ``engine``, ``threads``, ``batch``; ``memory``: bytes that the native engine takes, as planned
+    (``runtime/memory.py``), null of the reference; ``ms``: of a call, with all its samples; ``steps``: what
+    the native engine does in order, each with ``name``: the instructions it computes; ``kernel``: that, or
+    the operation; ``weight_bits`` and ``input_bits``: null if it is no layer; ``macs``; ``bytes``: inputs,
     outputs and weights, each counted once a time that the step runs; ``us``: microseconds.
     """
     x = np.ascontiguousarray(x)
@@ -31,6 +32,7 @@ def speed(executor: Executor, x: Floats) -> dict[str, Any]:
         "engine": executor.engine,
         "threads": 1 if native is None else native.threads,
         "batch": len(x),
+        "memory": None if native is None else native.memory(len(x)).to_json(),
         "ms": round(1e3 * min(seconds_of(executor, x, repeats)), 6),
         "steps": [
             {

@@ -23,7 +23,6 @@ from mixbits.core.program import Program
 from mixbits.pack.bits import native_available
 from mixbits.runtime.native import Native, check_native
 from mixbits.runtime.plan import Choose, cheapest, make_plan
-from mixbits.runtime.values import Weight
 
 if TYPE_CHECKING or native_available():
     from mixbits import _native
@@ -37,7 +36,7 @@ Measured = dict[str, float]  # kernel -> microseconds in the network
 FORMAT, VERSION = "mixbits-kernels", 1
 
 
-def tuned(program: Program, weights: Mapping[str, Weight], *, threads: int = 1) -> Choose:
+def tuned(program: Program, *, threads: int = 1) -> Choose:
     """A choice of the kernels that were fastest in this program; layers that it lacks get the estimate's.
 
     What is known of equal layers on this machine is taken from the file at :func:`cache_path`; what had to be
@@ -53,14 +52,14 @@ def tuned(program: Program, weights: Mapping[str, Weight], *, threads: int = 1) 
         promising_of[key(conv)] = promising(conv, kernels)
         return cheapest(conv, layer, kernels)
 
-    make_plan(program, weights, choose=note)
+    make_plan(program, choose=note)
     measured = {
         conv: kept[conv] for conv, names in promising_of.items() if set(kept.get(conv, ())) == set(names)
     }
     unknown = {conv: names for conv, names in promising_of.items() if len(names) > 1 and conv not in measured}
     if unknown:
         try:
-            new = measure(program, weights, unknown, conv_of, threads=threads)
+            new = measure(program, unknown, conv_of, threads=threads)
         except ValueError as error:  # values of random inputs that are not numbers
             warnings.warn(f"kernels are chosen by their estimates, not measured: {error}", stacklevel=2)
         else:
@@ -87,7 +86,6 @@ def promising(conv: _native.Conv, kernels: Sequence[str]) -> list[str]:
 
 def measure(
     program: Program,
-    weights: Mapping[str, Weight],
     names: Mapping[str, Sequence[str]],
     conv_of: Mapping[str, str],
     *,
@@ -103,7 +101,7 @@ def measure(
         return choose
 
     natives = [
-        Native(program, weights, threads=threads, choose=ranked(rank))
+        Native(program, threads=threads, choose=ranked(rank))
         for rank in range(max(len(mine) for mine in names.values()))
     ]
     x = np.random.default_rng(0).standard_normal((1, *program.input_shape)).astype(np.float32)

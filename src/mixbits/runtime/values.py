@@ -9,7 +9,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mixbits.core.grid import Grid
+from mixbits.core.grid import Grid, levels_of
+from mixbits.core.program import PackedWeight
+from mixbits.pack.bits import unpack
 
 Floats: TypeAlias = NDArray[np.float32]
 
@@ -44,6 +46,24 @@ class Weight:
 
     levels: NDArray[np.int16]
     largest_sum: int
+
+
+def weight_levels(name: str, weight: PackedWeight) -> NDArray[np.int16]:
+    """The levels of a packed weight; raises ``ValueError`` if a code has no level."""
+    codes = unpack(weight.packed, weight.grid.bits, int(np.prod(weight.shape))).reshape(weight.shape)
+    if codes.size and int(codes.max()) >= len(weight.grid.levels):
+        raise ValueError(
+            f"{name}: code {int(codes.max())} has no level; its grid has {len(weight.grid.levels)}. "
+            "The file is damaged or was written by something else."
+        )
+    return levels_of(codes, weight.grid)
+
+
+def unpack_weight(name: str, weight: PackedWeight) -> Weight:
+    """A packed weight as the reference takes it; raises ``ValueError`` if a code has no level."""
+    levels = weight_levels(name, weight)
+    sums = np.abs(levels.reshape(levels.shape[0], -1), dtype=np.int64).sum(axis=1)
+    return Weight(levels, int(sums.max(initial=0)))
 
 
 Value: TypeAlias = Floats | Codes
