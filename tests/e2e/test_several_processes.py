@@ -19,7 +19,7 @@ from mixbits.train.processes import Processes
 from mixbits.train.steps import Loop
 from together import METHODS, in_a_loop, learned, normalized, saved
 
-DEADLINE = 300.0  # seconds for processes on a machine that does other things, too
+DEADLINE = 900.0  # seconds for processes on a machine that does other things, too
 # Float32 sums in another order differ in their last bits; a value at the edge between two levels then falls on
 # the other one and moves what it is a part of by a step. Over a dozen updates that stays below this, relative
 # to the largest value of a tensor.
@@ -27,19 +27,17 @@ OTHER_ORDER = 2e-3
 SUMS = 1e-5  # the same without any rounding to levels
 
 
-def launch(
-    *arguments: object, processes: int = 2, module: bool = False, **options: Any
-) -> subprocess.Popen[str]:
-    """A command as ``torchrun`` starts it, in one thread a process."""
+def launched(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The script as ``torchrun`` runs it in two processes of one thread each."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(Path(together.__file__).parent), *sys.path]),
     }
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node", processes, *(["-m"] if module else []), *arguments]
-    return subprocess.Popen(
-        [str(word) for word in command], env=environment, stderr=subprocess.PIPE, text=True, **options
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, together.__file__, *map(str, arguments)]
+    return subprocess.run(
+        command, env=environment, stderr=subprocess.PIPE, text=True, check=False, timeout=DEADLINE
     )
 
 
@@ -47,9 +45,8 @@ def launch(
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes has to say about everything."""
     folder = tmp_path_factory.mktemp("two")
-    process = launch(together.__file__, "all", folder)
-    _, said = process.communicate(timeout=DEADLINE)
-    assert process.returncode == 0, said
+    process = launched("all", folder)
+    assert process.returncode == 0, process.stderr
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -116,14 +113,13 @@ def test_what_would_go_wrong_silently_is_an_error_in_every_process(two, attempt,
 
 
 def test_a_killed_process_ends_the_run_with_its_reason_and_one_process_can_go_on(tmp_path):
-    process = launch(together.__file__, "killed", tmp_path)
-    _, said = process.communicate(timeout=DEADLINE)
+    process = launched("killed", tmp_path)
     options = saved(tmp_path)("learn").checkpoint
     alone = learned("mpdnn", Loop)
     continued = learned("mpdnn", lambda stage: Loop(stage, checkpoint=options if stage == "learn" else None))
 
     assert process.returncode != 0
-    assert "another process of this training has ended or cannot be reached" in said
+    assert "another process of this training has ended or cannot be reached" in process.stderr
     assert continued["policy"] == alone["policy"]
     assert farthest(alone["state"], continued["state"]) < OTHER_ORDER
 

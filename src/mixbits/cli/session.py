@@ -20,7 +20,7 @@ from mixbits.fit.summary import write_summary
 from mixbits.fit.table import table
 from mixbits.fit.watching import Name, Row, Watch, watching
 from mixbits.report import build_report
-from mixbits.train.processes import join_processes
+from mixbits.train.processes import LostProcessError, join_processes
 
 WORDS = {
     "float": "float network",
@@ -97,10 +97,10 @@ def run_stages(recipe: AnyRecipe, session: Session, stages: Sequence[str] = tupl
                 with processes.apart():
                     _run(run, [stage for stage in stages if stage not in together])
                     _conclude(run)
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(
-                    f"Nothing is lost: go on with the same command and --resume ({out})."
-                ) from None
+            except (KeyboardInterrupt, LostProcessError) as ended:
+                kept = f"Nothing is lost: go on with the same command and --resume ({out})."
+                said = [str(ended), kept] if isinstance(ended, LostProcessError) else [kept]
+                raise type(ended)(". ".join(said)) from None
 
 
 def _run(run: Run, stages: Iterable[str]) -> None:
