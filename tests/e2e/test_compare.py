@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from distributed import LocalCluster
 
 from mixbits.cli.main import main
 from mixbits.methods import find_methods
@@ -130,6 +131,27 @@ def test_an_interrupted_comparison_resumes_to_the_uninterrupted_result(
         assert {cell["status"] for cell in result(out)["cells"]} & {"unfinished"}
     assert main([*compare_mpdnn(recipe, out)[3:], "--resume"]) == 0
     assert lasting(out) == lasting(uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # Dask's own
+def test_the_workers_of_a_cluster_give_the_result_of_this_machine(
+    uninterrupted: Path, recipe: Path, tmp_path: Path
+) -> None:
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        command = [*compare_mpdnn(recipe, tmp_path / "out")[3:], "--cluster", cluster.scheduler_address]
+        assert main(command) == 0
+    assert lasting(tmp_path / "out") == lasting(uninterrupted)
+
+
+@pytest.mark.filterwarnings("default")
+def test_workers_that_run_cells_in_threads_are_refused(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster:
+        command = [*compare_mpdnn(recipe, tmp_path / "out")[3:], "--cluster", cluster.scheduler_address]
+        assert main(command) == 2
+    assert "start `dask worker` with --nthreads 1" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import sys
 
-import joblib
-
 from mixbits.cli.options import parse_matrix
 from mixbits.cli.progress import lines
 from mixbits.cli.session import stop_on_interrupt
-from mixbits.fit.compare import STOP, Outcome, begin_worker, collect, opened_matrix, run_matrix, threads_of
+from mixbits.fit.compare import STOP, Outcome, collect, engine, opened_matrix, run_matrix
 from mixbits.fit.matrix import Command, matrix_of
 from mixbits.fit.table import comparison_table
 from mixbits.report.comparison import build_comparison
 from mixbits.report.matrix import read_comparison
+from mixbits.train.processes import launched
 
 
 def run(command: Command, about: str, arguments: list[str]) -> None:
     """Parse the options, run every cell that is not done yet, print the table and write the page."""
+    if launched():
+        raise ValueError(
+            f"mixbits {command} starts processes itself: give --jobs or --cluster, without a launcher"
+        )
     recipe, session = parse_matrix(command, about, arguments)
     out = session.out
     matrix = matrix_of(command, recipe)
-    jobs = matrix.options.jobs
-    engine = joblib.parallel_config(
-        backend="loky", inner_max_num_threads=threads_of(jobs), initializer=begin_worker
-    )
     opened = opened_matrix(matrix, out, resume=session.resume)
-    with opened as float_run, engine, stop_on_interrupt((out / STOP).touch) as stop:
+    with opened as float_run, engine(matrix.options), stop_on_interrupt((out / STOP).touch) as stop:
         outcomes = run_matrix(matrix, out, lines, _say, stop)
         written = collect(matrix, out, outcomes, float_run)
         page = build_comparison(written)

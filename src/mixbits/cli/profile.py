@@ -69,13 +69,9 @@ def main(arguments: list[str]) -> None:
     console.print(_sites(profile))
     if table is not None:
         console.print(_times(table))
-<<<<<<< HEAD
-    console.print(_costs(profile, chosen, table))
-=======
     policies = {} if chosen.policy is None else {chosen.policy.name: _policy(profile, chosen.policy)}
-    console.print(_costs(profile, policies, table))
+    console.print(_costs(profile, policies, chosen, table))
     console.print(_memory(graph, policies, chosen))
->>>>>>> mem
     for path, entry in ((chosen.json, profile), (chosen.latency, table)):
         if path is not None and entry is not None:
             path.write_text(json.dumps(entry.to_json(), indent=1) + "\n", encoding="utf-8")
@@ -130,21 +126,6 @@ def _times(table: LatencyTable) -> Table:
     return shown
 
 
-<<<<<<< HEAD
-def _costs(profile: Profile, chosen: ProfileNetwork, latency: LatencyTable | None) -> Table:
-    costs = dict(COSTS)
-    for name in chosen.costs:
-        found = find_cost(name)
-        if found is None:
-            raise ValueError(f"--costs: unknown cost {name!r}; known are {', '.join(COSTS)}")
-        costs[name] = found
-    columns = {"float32": float_bits(profile)}
-    columns |= {f"{bits} bits": {site.name: bits for site in profile.sites} for bits in UNIFORM}
-    if chosen.policy is not None:
-        policy = read_policy(chosen.policy)
-        policy.check(profile)
-        columns[chosen.policy.name] = policy.bits
-=======
 def _policy(profile: Profile, path: Path) -> Policy:
     policy = read_policy(path)
     policy.check(profile)
@@ -185,11 +166,18 @@ def _planned(program: Program, grids: Mapping[str, Grid], chosen: ProfileNetwork
     return planned_memory(at_grids, threads=chosen.threads, batch=chosen.batch, choose=choose)
 
 
-def _costs(profile: Profile, policies: Mapping[str, Policy], latency: LatencyTable | None) -> Table:
+def _costs(
+    profile: Profile, policies: Mapping[str, Policy], chosen: ProfileNetwork, latency: LatencyTable | None
+) -> Table:
+    costs = dict(COSTS)
+    for name in chosen.costs:
+        found = find_cost(name)
+        if found is None:
+            raise ValueError(f"--costs: unknown cost {name!r}; known are {', '.join(COSTS)}")
+        costs[name] = found
     columns = {"float32": float_bits(profile)}
     columns |= {f"{bits} bits": {site.name: bits for site in profile.sites} for bits in UNIFORM}
     columns |= {name: policy.bits for name, policy in policies.items()}
->>>>>>> mem
     table = Table(title="costs")
     table.add_column("cost")
     for name in columns:

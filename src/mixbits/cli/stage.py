@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import tyro
@@ -13,6 +14,7 @@ from mixbits.core.policy import read_policy
 from mixbits.fit.folder import RunFolder
 from mixbits.fit.recipe import recipe_from_dict
 from mixbits.fit.watching import Name
+from mixbits.train.processes import join_processes
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,15 @@ def run_stage(command: str, about: str, stages: tuple[str, ...], arguments: list
     folder = RunFolder(chosen.out)
     recipe = recipe_from_dict(folder.read_json("recipe.json"), str(folder / "recipe.json"))
     if chosen.policy is not None:
-        with folder.locked():
-            _use_policy(folder, chosen.policy)
+        join_processes(recipe.device, bf16=recipe.bf16).once(partial(_use_policy, folder, chosen.policy))
     run_stages(recipe, Session(chosen.out, resume=True, watch=chosen.watch), stages)
 
 
 def _use_policy(folder: RunFolder, policy: Path) -> None:
     """Put a policy into the folder and forget what was made with the one before."""
-    folder.write_json("policy.json", read_policy(policy).to_json())
-    for stage in ("finetune", "lower", "check"):
-        (folder / "stages" / f"{stage}.json").unlink(missing_ok=True)
-        for checkpoint in (folder / "checkpoints").glob(f"{stage}*.pt"):
-            checkpoint.unlink()
+    with folder.locked():
+        folder.write_json("policy.json", read_policy(policy).to_json())
+        for stage in ("finetune", "lower", "check"):
+            (folder / "stages" / f"{stage}.json").unlink(missing_ok=True)
+            for checkpoint in (folder / "checkpoints").glob(f"{stage}*.pt"):
+                checkpoint.unlink()

@@ -1,7 +1,6 @@
 """Compare: the cells of a matrix as ordinary runs, side by side in processes, and what came of them.
 
-The processes are joblib's. Its default engine, loky, works on this machine; a caller who opens
-``joblib.parallel_config(backend="dask")`` (or ray's) around :func:`run_matrix` spreads the cells over a
+The processes are joblib's: :func:`engine` opens loky's, which work on this machine, or those of a Dask
 cluster that shares the folder. Whatever stops a process, a cell is a run folder and goes on from there.
 """
 
@@ -25,7 +24,7 @@ from joblib.externals.loky.process_executor import BrokenProcessPool
 
 import mixbits
 from mixbits.fit.folder import RunFolder
-from mixbits.fit.matrix import Cell, Matrix, float_recipe
+from mixbits.fit.matrix import Cell, Matrix, Sweep, float_recipe
 from mixbits.fit.recipe import AnyRecipe, flat, method_of, recipe_from_dict, to_dict
 from mixbits.fit.stages import STAGES, Row, Run, check, opened
 from mixbits.fit.summary import machine
@@ -37,6 +36,7 @@ from mixbits.train.checkpoint import differences
 FLOAT = ("float",)
 TRAINED = (*FLOAT, "learn", "finetune")
 PACKED = (*TRAINED, "lower", "check")
+CLUSTER_SECONDS = 30  # to wait for a scheduler's answer
 STOP = ".stop"  # a file of the matrix's folder that asks all processes to save and leave
 FILES = {"compare": "comparison.json", "sweep": "sweep.json"}
 
@@ -108,7 +108,7 @@ def run_matrix(
     floats = {name: (recipe, path / name, "") for name, recipe in _floats(matrix)}
     cells = {cell.name: (cell.recipe, path / cell.name, _float_name(cell.seed)) for cell in matrix.cells}
     outcomes: dict[str, Outcome] = {}
-    threads = matrix.recipe.threads or threads_of(matrix.options.jobs)
+    path, threads = path.absolute(), _threads(matrix)
     for runs, wanted in ((floats, FLOAT), (cells, stages)):
         for name, (_, _, shared) in runs.items():
             if shared in outcomes and outcomes[shared].error:
@@ -144,6 +144,50 @@ def run_matrix(
         if stop.is_set():
             break
     return outcomes
+
+
+@contextmanager
+def engine(options: Sweep) -> Iterator[None]:
+    """The processes in which :func:`run_matrix` runs cells: of this machine, or of a Dask cluster.
+
+    Raises ``ValueError`` for a scheduler that does not answer, for workers that would run cells in threads of
+    one process, and when workers die again and again; ``ImportError`` without the extra ``cluster``.
+    """
+    if not options.cluster:
+        threads = threads_of(options.jobs)
+        with joblib.parallel_config(backend="loky", inner_max_num_threads=threads, initializer=begin_worker):
+            yield
+        return
+    try:
+        from distributed import Client, KilledWorker  # noqa: PLC0415  one machine needs none
+    except ImportError as error:
+        raise ImportError("--cluster needs Dask: pip install 'mixbits[cluster]'") from error
+    try:
+        client = Client(options.cluster, timeout=CLUSTER_SECONDS)
+    except OSError as error:
+        raise ValueError(
+            f"--cluster {options.cluster}: no scheduler answers ({error}); start one with `dask scheduler`"
+        ) from None
+    with client, joblib.parallel_config(backend="dask"):
+        if any(threads > 1 for threads in client.nthreads().values()):
+            raise ValueError(
+                f"--cluster {options.cluster}: a worker there runs several cells in one process, where they "
+                "share random numbers; start `dask worker` with --nthreads 1, and with --nworkers for more"
+            )
+        try:
+            yield
+        except KilledWorker as error:
+            raise ValueError(
+                f"--cluster {options.cluster}: workers died again and again, out of memory perhaps "
+                f"({error}); what was done is kept, --resume goes on"
+            ) from None
+
+
+def _threads(matrix: Matrix) -> int:
+    """Of one cell; workers of a cluster may be many on a machine, which nobody tells."""
+    if matrix.recipe.threads:
+        return matrix.recipe.threads
+    return 1 if matrix.options.cluster else threads_of(matrix.options.jobs)
 
 
 def threads_of(jobs: int) -> int:
@@ -225,7 +269,7 @@ def collect(matrix: Matrix, path: Path, outcomes: dict[str, Outcome], run: Run) 
         "epochs": matrix.epochs,
         "started": run.folder.read_json("started.json"),
         "machine": machine(),
-        "threads": matrix.recipe.threads or threads_of(matrix.options.jobs),
+        "threads": _threads(matrix),
         "seeds": list(matrix.seeds),
         "budgets": list(matrix.budgets),
         "methods": [_method(matrix, name) for name in matrix.methods],

@@ -29,6 +29,7 @@ class Sweep:
     epochs: int = 0  # of every run, learning and finetuning together; 0: those of the recipe's method
     learn_epochs: int = 0  # of them to learn widths, for methods that train to learn; 0: each method's own
     jobs: int = 1  # runs at the same time, each in its own process
+    cluster: str = ""  # address of a Dask scheduler, whose workers run instead and share the folder
     pack: bool = False  # also pack every model and check that it runs the same
 
 

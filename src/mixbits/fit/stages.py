@@ -8,14 +8,14 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mixbits.core.budget import LATENCY
 from mixbits.core.cost import COSTS, Cost, find_cost, float_bits
@@ -42,6 +42,7 @@ from mixbits.train.checkpoint import Checkpoint, differences, fingerprint
 from mixbits.train.finetune import OBSERVED_BATCHES, finetune, restore_policy
 from mixbits.train.method import Method, learn
 from mixbits.train.norms import reestimate_batch_norm_
+from mixbits.train.processes import ALONE, Processes
 from mixbits.train.steps import Loop, steps
 from mixbits.train.task import Task, evaluate, task_of
 
@@ -55,13 +56,22 @@ BEGUN = {
 
 
 class Run:
-    """One run: its recipe, its folder, and the things that stages share, made when first needed."""
+    """One run: its recipe, its folder, and the things that stages share, made when first needed.
+
+    Several ``processes`` may train it. The folder is the main one's: only there is it read and written, and
+    what the others need of it is sent to them.
+    """
 
     def __init__(
-        self, recipe: AnyRecipe, path: Path, watch: Callable[[Row], None], stop: threading.Event
+        self,
+        recipe: AnyRecipe,
+        path: Path,
+        watch: Callable[[Row], None],
+        stop: threading.Event,
+        processes: Processes = ALONE,
     ) -> None:
         """``watch`` gets every row of metrics and notes; ``stop`` asks the loop to save and leave."""
-        self.recipe, self.folder, self.stop = recipe, RunFolder(path), stop
+        self.recipe, self.folder, self.stop, self.processes = recipe, RunFolder(path), stop, processes
         self._tell = watch
         self._began: dict[str, float] = {}
 
@@ -106,7 +116,7 @@ class Run:
         """The captured float network; trained ones once the float stage is done."""
         graph = capture(self.model, torch.zeros(2, *self.dataset.input_shape))
         if self.done("float"):
-            graph.module.load_state_dict(read_tensors(self.folder / "float.safetensors"))
+            graph.module.load_state_dict(self.tensors("float.safetensors"))
         graph.module.eval()
         return graph
 
@@ -127,12 +137,12 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        """Where training runs."""
-        return torch.device(self.recipe.device)
+        """Where training runs; each of several processes has its own."""
+        return self.processes.device if self.processes.count > 1 else torch.device(self.recipe.device)
 
     def done(self, stage: str) -> bool:
         """Whether a stage has left its result."""
-        return (self.folder / "stages" / f"{stage}.json").exists()
+        return self.processes.once((self.folder / "stages" / f"{stage}.json").exists)
 
     def result(self, stage: str) -> dict[str, Any]:
         """The result of a stage; the error of a missing one names the command that makes it."""
@@ -140,7 +150,19 @@ class Run:
             raise ValueError(
                 f"{self.folder.path}: the stage {stage!r} is not done yet; run it before this one"
             )
-        return self.folder.read_json(f"stages/{stage}.json")
+        return self.processes.once(lambda: self.folder.read_json(f"stages/{stage}.json"))
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a file of the folder."""
+        return self.processes.once(lambda: read_tensors(self.folder / name))
+
+    def write_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Write tensors to the folder, whole or not at all."""
+        self.processes.once(lambda: write_tensors(self.folder, name, tensors))
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write JSON to the folder, whole or not at all."""
+        self.processes.once(lambda: self.folder.write_json(name, value))
 
     @cached_property
     def contents(self) -> str:
@@ -166,7 +188,7 @@ class Run:
         checkpoint = Checkpoint(path, signature, stop=self.stop)
         self._began[stage] = time.monotonic()
         torch.manual_seed(recipe.seed)
-        return Loop(stage, self.device, recipe.compile, recipe.bf16, checkpoint, self.watch)
+        return Loop(stage, self.device, recipe.compile, recipe.bf16, checkpoint, self.watch, self.processes)
 
     def watch(self, row: Row) -> None:
         """Keep a row of metrics and hand it on."""
@@ -179,7 +201,7 @@ class Run:
 
     def finish(self, stage: str, result: dict[str, Any]) -> None:
         """Keep a stage's result: from now on the stage is done."""
-        self.folder.write_json(f"stages/{stage}.json", result)
+        self.write_json(f"stages/{stage}.json", result)
 
 
 def build_network(spec: str, *, classes: int, weights: str = "") -> nn.Module:
@@ -224,7 +246,7 @@ def check(run: Run, *, resume: bool) -> None:
     len(run.task.train)  # raises if the training set cannot be split as asked
     if tuple(run.dataset.input_shape) != run.graph.profile.input_shape:
         raise ValueError("the network does not take the data set's input shape")
-    _check_folder(run, resume=resume)
+    run.processes.once(lambda: _check_folder(run, resume=resume))
 
 
 def _check_folder(run: Run, *, resume: bool) -> None:
@@ -246,7 +268,9 @@ def _check_folder(run: Run, *, resume: bool) -> None:
 def opened(run: Run, *, resume: bool) -> Iterator[None]:
     """Check, then hold the run's folder, made or reopened; no other process has it meanwhile."""
     check(run, resume=resume)
-    with run.folder.locked():
+
+    def prepare() -> None:
+        locked.enter_context(run.folder.locked())
         _check_folder(run, resume=resume)  # again: another process may have come first
         for name in ("stages", "checkpoints"):
             (run.folder / name).mkdir(exist_ok=True)
@@ -254,6 +278,9 @@ def opened(run: Run, *, resume: bool) -> Iterator[None]:
             run.folder.write_bytes("metrics.jsonl", b"")  # a run that does not train has no row
             run.folder.write_json("started.json", time.strftime("%Y-%m-%dT%H:%M:%S"))
             run.folder.write_json("recipe.json", to_dict(run.recipe))
+
+    with ExitStack() as locked:
+        run.processes.once(prepare)
         yield
 
 
@@ -271,8 +298,8 @@ def _costs(run: Run) -> dict[str, Cost]:
 
 def measured(run: Run, network: QuantGraph, bits: Mapping[str, int], seconds: float) -> dict[str, Any]:
     """Accuracy on the test set and all costs of a network at these widths."""
-    test = evaluate(network.module.eval(), run.task, run.task.test, run.device)
-    held_out = evaluate(network.module, run.task, run.task.held_out, run.device)
+    test = evaluate(network.module.eval(), run.task, run.task.test, run.device, run.processes)
+    held_out = evaluate(network.module, run.task, run.task.held_out, run.device, run.processes)
     costs = {name: cost.of(run.graph.profile, bits) for name, cost in _costs(run).items() if cost.holds(bits)}
     if run.latency is not None and bits != float_bits(run.graph.profile):  # the table holds no floats
         costs[LATENCY] = predicted_ms(run.latency, run.graph.profile, bits)
@@ -311,7 +338,7 @@ def float_stage(run: Run) -> None:
     run.graph.module.to(run.device)
     result = measured(run, run.graph, float_bits(run.graph.profile), seconds)
     run.graph.module.cpu()
-    write_tensors(run.folder, "float.safetensors", run.graph.module.state_dict())
+    run.write_tensors("float.safetensors", run.graph.module.state_dict())
     run.finish("float", result)
 
 
@@ -328,8 +355,8 @@ def uniform_stage(run: Run) -> None:
         run, "uniform", learned.graph, policy, method=method_named("uniform")(), epochs=epochs
     )
     result = measured(run, network, policy.bits, time.monotonic() - began)
-    run.folder.write_json("policy_uniform.json", policy.to_json())
-    write_tensors(run.folder, "uniform.safetensors", network.module.state_dict())
+    run.write_json("policy_uniform.json", policy.to_json())
+    run.write_tensors("uniform.safetensors", network.module.state_dict())
     run.finish("uniform", result)
 
 
@@ -342,8 +369,8 @@ def learn_stage(run: Run) -> None:
         method_of(run.recipe), run.origin, run.task, run.recipe.target(), run.loop("learn")
     )
     network = {k: v for k, v in learned.graph.module.state_dict().items() if not k.startswith("quantizers.")}
-    write_tensors(run.folder, "learned.safetensors", network)
-    run.folder.write_json("policy.json", policy.to_json())
+    run.write_tensors("learned.safetensors", network)
+    run.write_json("policy.json", policy.to_json())
     steps_learned = {
         site: {"grid": grid_to_json(frozen.grid), "step": frozen.step.flatten().tolist()}
         for site, frozen in learned.frozen.items()
@@ -363,7 +390,7 @@ def finetune_stage(run: Run) -> None:
     graph, start_steps = run.origin, None
     if run.done("learn") and method_of(run.recipe).epochs:
         graph = run.graph.copy()
-        graph.module.load_state_dict(read_tensors(run.folder / "learned.safetensors"))
+        graph.module.load_state_dict(run.tensors("learned.safetensors"))
         start_steps = {
             site: Frozen(grid_from_json(entry["grid"]), torch.tensor(entry["step"]).squeeze())
             for site, entry in result["frozen"].items()
@@ -371,7 +398,7 @@ def finetune_stage(run: Run) -> None:
     network = _finetuned(
         run, "finetune", graph, policy, method=method_of(run.recipe), start_steps=start_steps
     )
-    write_tensors(run.folder, "finetuned.safetensors", network.module.state_dict())
+    run.write_tensors("finetuned.safetensors", network.module.state_dict())
     run.finish("finetune", measured(run, network, policy.bits, result["seconds"] + time.monotonic() - began))
 
 
@@ -410,7 +437,7 @@ def _finetuned(
 
 def run_policy(run: Run) -> Policy:
     """The policy in the run folder, checked against the network."""
-    policy = policy_from_json(run.folder.read_json("policy.json"))
+    policy = policy_from_json(run.processes.once(lambda: run.folder.read_json("policy.json")))
     policy.check(run.graph.profile)
     return policy
 
@@ -418,7 +445,7 @@ def run_policy(run: Run) -> Policy:
 def trained_network(run: Run) -> QuantGraph:
     """The network as the finetune stage left it, with the quantizers of policy.json, in eval mode."""
     run.result("finetune")
-    return restore_policy(run.graph, run_policy(run), read_tensors(run.folder / "finetuned.safetensors"))
+    return restore_policy(run.graph, run_policy(run), run.tensors("finetuned.safetensors"))
 
 
 def network_of(path: Path) -> QuantGraph:
@@ -481,6 +508,7 @@ def check_stage(run: Run) -> None:
     )
 
 
+TRAINING = ("float", "uniform", "learn", "finetune")  # stages that several processes share
 STAGES: dict[str, Callable[[Run], None]] = {
     "float": float_stage,
     "uniform": uniform_stage,

@@ -28,11 +28,29 @@ from torch.overrides import TorchFunctionMode
 
 # Modules that behave differently in training: kept as modules, everything else becomes aten operations.
 MODAL = (_BatchNorm, _DropoutNd)
+# Classes that hold a network and average its gradients; those of FSDP are imported by whoever uses them.
+WRAPPERS = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"}
 TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 
 class CaptureError(ValueError):
     """A network that cannot be captured; the message names the remedy, and the line at fault if known."""
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise ``CaptureError`` for a network that is in a wrapper for several processes already."""
+    wrapper = next((kind for part in model.modules() for kind in _names(part) if kind in WRAPPERS), "")
+    if not wrapper and "_original_forward" in vars(model):  # where Accelerate keeps what it wraps
+        wrapper = "accelerator.prepare"
+    if wrapper:
+        raise CaptureError(
+            f"the network is in {wrapper} already, which would not average the gradients of quantizers that "
+            "are added now: capture the network itself, begin the training, then wrap training.module"
+        )
+
+
+def _names(module: nn.Module) -> list[str]:
+    return [kind.__name__ for kind in type(module).__mro__]
 
 
 def capture_module(model: nn.Module, example: Tensor) -> fx.GraphModule:
@@ -42,6 +60,7 @@ def capture_module(model: nn.Module, example: Tensor) -> fx.GraphModule:
     no parameter with ``model``, has the same state-dict keys, takes any batch size, and follows
     ``train()``/``eval()``; it comes in eval mode.
     """
+    refuse_wrapped(model)
     model = copy.deepcopy(model).eval()
     if example.shape[0] < 2:
         example = torch.cat([example, example])

@@ -318,7 +318,7 @@ class EBS(Method):
         mixtures = self._place_(graph, task, target, loop)
         groups = list(dict.fromkeys(mixture.strengths for mixture in mixtures.values()))
         values = [group.value for group in groups]
-        data = TwoHalves(task.train)
+        data, processes = TwoHalves(task.train), loop.processes
         graph.module.to(loop.device)
         optimizer = torch.optim.SGD(
             [
@@ -368,12 +368,15 @@ class EBS(Method):
             keep={"strengths": strength_optimizer},
         ):
             draw(step.progress)
-            inputs, targets = (part.to(loop.device) for part in data.other)
+            inputs, targets = (part.to(loop.device) for part in processes.part(data.other))
             with torch.autocast(loop.device.type, torch.bfloat16, enabled=loop.bf16):
                 outputs = forward(inputs).float()
             excess = expected_excess(profile, expected_widths(), target.budget)
-            value = task.loss(outputs, targets) + self.strength * excess
-            for group, grad in zip(groups, torch.autograd.grad(value, values), strict=True):
+            share = processes.share(inputs, data.other)
+            value = task.loss(outputs, targets) * share + self.strength * excess
+            grads = torch.autograd.grad(value, values)
+            processes.average_(grads)
+            for group, grad in zip(groups, grads, strict=True):
                 group.value.grad = grad
             strength_optimizer.step()
             draw(step.progress)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from mixbits.core.grid import Grid, describe
 from mixbits.core.policy import Policy
 from mixbits.core.profile import Site
+from mixbits.graph.capture import refuse_wrapped
 from mixbits.graph.quant_graph import QuantGraph, put_, quantizer_key
 from mixbits.quant.observe import Recorder, mse_step
 from mixbits.quant.quantizer import Frozen, LearnedStep, Quantizer
@@ -113,6 +114,7 @@ def begin_finetuning(
     groups' weights. ``start`` and ``placed`` as in :func:`finetune`, ``graph`` stays as it is. The network
     comes on the CPU; move ``module`` before an optimizer is made.
     """
+    refuse_wrapped(graph.module)
     policy.check(graph.profile)
     batches = batches_of(inputs)
     student = placed.copy() if placed is not None else None

@@ -15,6 +15,7 @@ from mixbits.core.budget import Budget
 from mixbits.core.grid import Grid, Uniform
 from mixbits.core.policy import Policy
 from mixbits.core.profile import Profile, Site
+from mixbits.graph.capture import refuse_wrapped
 from mixbits.graph.quant_graph import QuantGraph
 from mixbits.quant.quantizer import Frozen, LearnedStep, Quantizer
 from mixbits.search.fit import fit
@@ -148,6 +149,7 @@ def begin_learning(
     """
     if updates < 1:
         raise ValueError(f"updates={updates}: say how often the optimizer will step while widths are learned")
+    refuse_wrapped(graph.module)
     target.choices(graph.profile)
     with own_random_states():
         learning = method.begin(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -14,7 +15,8 @@ from mixbits.graph.quant_graph import QuantGraph
 from mixbits.quant.functional import saving_inputs_only
 from mixbits.quant.quantizer import Quantizer
 from mixbits.train.checkpoint import Checkpoint, fingerprint
-from mixbits.train.norms import reestimate_batch_norm_
+from mixbits.train.norms import reestimate_batch_norm_, synchronized_norms
+from mixbits.train.processes import ALONE, Processes
 from mixbits.train.randomness import RandomStates, random_states, set_random_states
 from mixbits.train.task import Task, evaluate
 
@@ -40,7 +42,10 @@ class DivergedError(ValueError):
 
 @dataclass(frozen=True)
 class Loop:
-    """How loops run here: the machine, speed options, where to save and whom to tell; no part of a method."""
+    """How loops run here: the machine, speed options, where to save and whom to tell; no part of a method.
+
+    Several ``processes`` divide every batch among them; the main one saves and tells.
+    """
 
     stage: str = "train"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -48,8 +53,17 @@ class Loop:
     bf16: bool = False  # autocast matrix products to bfloat16; rounding stays in float32
     checkpoint: Checkpoint | None = None
     watch: Watch = field(default=lambda row: None)
+    processes: Processes = ALONE
 
 
+DIFFERENT_BATCHES = (
+    "the processes read different batches: give each of them the same data in the same order (no sampler "
+    "that divides the data, no seed of its own); every batch is divided among the processes here"
+)
+DIFFERENT_NETWORKS = (
+    "the processes' networks have become different: run them on machines of one kind with the same versions "
+    "and threads, and draw nothing that depends on the process"
+)
 PLAIN_LOOP = Loop()  # on the CPU, nothing saved, nobody told
 
 
@@ -108,64 +122,86 @@ def steps(
     finite, and ``KeyboardInterrupt`` after saving when the checkpoint's ``stop`` is set.
     """
     loop = _signed(loop, graph, task, optimizer, epochs=epochs, schedule=schedule)
-    module, checkpoint, batches = graph.module.to(loop.device), loop.checkpoint, len(task.train)
+    processes, checkpoint, batches = loop.processes, loop.checkpoint, len(task.train)
+    keep, module = keep or {}, graph.module.to(loop.device)
     quantizers = [m for m in module.modules() if isinstance(m, Quantizer)]
-    keep = keep or {}
     epoch, first, totals, resumed_rng = _resume_(graph, task, optimizer, loop, keep)
-    forward = torch.compile(module, dynamic=False) if loop.compile else module
-    for number in range(epoch, epochs):
-        module.train()
-        for index, batch in enumerate(task.train.epoch(number, first, resumed_rng), first):
-            done = number * batches + index
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * learning_rate_factor(schedule, done / (epochs * batches))
-            inputs, targets = (part.to(loop.device) for part in batch)
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(loop.device.type, torch.bfloat16, enabled=loop.bf16), saving_inputs_only():
-                outputs = forward(inputs).float()
-            value = task.loss(outputs, targets) if loss is None else loss(inputs, outputs, targets)
-            total = value if penalty is None else value + penalty(value.detach())
-            total.backward()
-            if not math.isfinite(value.item()) or not math.isfinite(total.item()):
-                raise DivergedError(_diverged(loop, number, index))
-            before_update()
-            optimizer.step()
-            for quantizer in quantizers:
-                quantizer.project_()
-            totals["loss"] += value.item() * len(inputs)
-            totals["score"] += float(task.metric(outputs.detach(), targets))
-            totals["count"] += len(inputs)
-            ends = index == batches - 1
-            yield Step(number, index, (done + 1) / (epochs * batches), value.item(), ends)
-            row = {
-                "stage": loop.stage,
-                "step": done + 1,
-                "steps": epochs * batches,
-                "epoch": round((done + 1) / batches, 4),
-                "loss": totals["loss"] / totals["count"],
-                "train_top1": 100.0 * totals["score"] / totals["count"],
-                "lr": optimizer.param_groups[0]["lr"],
-                "ends_epoch": ends,
-                **(measure() if ends or index % 10 == 0 else {}),
-            }
-            if ends:
-                judged = graph
-                if estimate_norms:
-                    judged = graph.copy()
-                    reestimate_batch_norm_(judged, task.train, estimate_norms, loop.device)
-                judged.module.eval()
-                row["held_out_top1"] = evaluate(judged, task, task.held_out, loop.device)["top1"]
-                module.train()
-                totals.update(loss=0.0, score=0.0, count=0)
-            stopping = checkpoint is not None and checkpoint.stop.is_set()
-            loop.watch(row)  # before saving: what a checkpoint goes on from has been told
-            if checkpoint is not None and (ends or stopping or checkpoint.due()):
-                position = (number + 1, 0) if ends else (number, index + 1)
-                checkpoint.save(_state(graph, optimizer, position, totals, keep))
-            if stopping:
-                raise KeyboardInterrupt
-        first, resumed_rng = 0, None
+    processes.spread_(module.state_dict().values())
+    with synchronized_norms(module, processes):
+        forward = torch.compile(module, dynamic=False) if loop.compile else module
+        for number in range(epoch, epochs):
+            module.train()
+            for index, batch in enumerate(task.train.epoch(number, first, resumed_rng), first):
+                done = number * batches + index
+                _set_learning_rates_(optimizer, schedule, done / (epochs * batches))
+                if index == first:
+                    processes.check_same(batch, DIFFERENT_BATCHES)
+                inputs, targets = (part.to(loop.device) for part in processes.part(batch))
+                share = processes.share(inputs, batch)
+                optimizer.zero_grad(set_to_none=True)
+                with (
+                    torch.autocast(loop.device.type, torch.bfloat16, enabled=loop.bf16),
+                    saving_inputs_only(),
+                ):
+                    outputs = forward(inputs).float()
+                value = task.loss(outputs, targets) if loss is None else loss(inputs, outputs, targets)
+                value = value * share  # the mean over the processes is then that over the batch
+                mean = processes.sum(value.detach()) / processes.count
+                total = value if penalty is None else value + penalty(mean)
+                total.backward()
+                if not math.isfinite(mean.item()) or not math.isfinite(total.item()):
+                    raise DivergedError(_diverged(loop, number, index))
+                processes.average_(parameter.grad for parameter in module.parameters())
+                before_update()
+                optimizer.step()
+                for quantizer in quantizers:
+                    quantizer.project_()
+                totals["loss"] += mean.item() * len(batch[0])
+                totals["score"] += float(processes.sum(task.metric(outputs.detach(), targets)))
+                totals["count"] += len(batch[0])
+                ends = index == batches - 1
+                yield Step(number, index, (done + 1) / (epochs * batches), mean.item(), ends)
+                row = {
+                    "stage": loop.stage,
+                    "step": done + 1,
+                    "steps": epochs * batches,
+                    "epoch": round((done + 1) / batches, 4),
+                    "loss": totals["loss"] / totals["count"],
+                    "train_top1": 100.0 * totals["score"] / totals["count"],
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "ends_epoch": ends,
+                    **(measure() if ends or index % 10 == 0 else {}),
+                }
+                if ends:
+                    processes.check_same(module.state_dict().values(), DIFFERENT_NETWORKS)
+                    row["held_out_top1"] = _judged_(graph, task, loop, estimate_norms)
+                    totals.update(loss=0.0, score=0.0, count=0)
+                stopping, due = _asked(checkpoint, processes)
+                loop.watch(row)  # before saving: what a checkpoint goes on from has been told
+                if checkpoint is not None and (ends or stopping or due):
+                    position = (number + 1, 0) if ends else (number, index + 1)
+                    state = _state(graph, optimizer, position, totals, keep)
+                    processes.once(partial(checkpoint.save, state))
+                if stopping:
+                    raise KeyboardInterrupt
+            first, resumed_rng = 0, None
     module.eval()
+
+
+def _set_learning_rates_(optimizer: torch.optim.Optimizer, schedule: Schedule, progress: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * learning_rate_factor(schedule, progress)
+
+
+def _judged_(graph: QuantGraph, task: Task, loop: Loop, estimate_norms: int) -> float:
+    """Top-1 in percent on held-out data; leaves the network in training mode."""
+    if estimate_norms:
+        graph = graph.copy()
+        reestimate_batch_norm_(graph, task.train, estimate_norms, loop.device, loop.processes)
+    graph.module.eval()
+    judgement = evaluate(graph, task, task.held_out, loop.device, loop.processes)
+    graph.module.train()
+    return judgement["top1"]
 
 
 def _signed(
@@ -174,6 +210,8 @@ def _signed(
     """The loop, with what is known here of network, data and options in its checkpoint's signature."""
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
+    if not loop.processes.main:
+        loop = replace(loop, watch=lambda row: None)
     if loop.checkpoint is None:
         return loop
     shapes = [f"{name} {tuple(value.shape)}" for name, value in graph.module.state_dict().items()]
@@ -190,6 +228,13 @@ def _signed(
         "the optimizer": f"{type(optimizer).__name__} {groups}",
     }
     return replace(loop, checkpoint=replace(loop.checkpoint, signature=signature))
+
+
+def _asked(checkpoint: Checkpoint | None, processes: Processes) -> list[bool]:
+    """Whether any process was asked to stop, and whether the main one's clock says it is time to save."""
+    if checkpoint is None:
+        return [False, False]
+    return processes.any(checkpoint.stop.is_set(), processes.main and checkpoint.due())
 
 
 def _state(
@@ -219,7 +264,7 @@ def _resume_(
     keep: Mapping[str, Stateful],
 ) -> tuple[int, int, dict[str, Any], RandomStates | None]:
     """Epoch, first batch, running sums and random states to go on with; the start without a checkpoint."""
-    state, note = loop.checkpoint.load() if loop.checkpoint else (None, "")
+    state, note = loop.processes.once(loop.checkpoint.load) if loop.checkpoint else (None, "")
     if note:
         loop.watch({"stage": loop.stage, "note": note})
     done = state["epoch"] * len(task.train) + state["first"] if state else 0

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from mixbits.data.dataset import ArraySamples, Dataset, Samples, split_held_out, take_images
+from mixbits.train.processes import ALONE, Processes
 from mixbits.train.randomness import RandomStates, set_random_states
 
 
@@ -262,13 +263,25 @@ def _samples(source: Samples | tuple[Any, Any]) -> Samples:
 
 @torch.no_grad()
 def evaluate(
-    network: Callable[[Tensor], Tensor], task: Task, batches: Batches, device: torch.device
+    network: Callable[[Tensor], Tensor],
+    task: Task,
+    batches: Batches,
+    device: torch.device,
+    processes: Processes = ALONE,
 ) -> dict[str, float]:
-    """Mean loss and metric (percent) of a network in eval mode: ``{"loss": ..., "top1": ...}``."""
+    """Mean loss and metric (percent) of a network in eval mode: ``{"loss": ..., "top1": ...}``.
+
+    Several ``processes`` share every batch, and all get the figures of the whole.
+    """
     loss, score, count = 0.0, 0.0, 0
-    for inputs, targets in batches.epoch(0):
+    for batch in batches.epoch(0):
+        inputs, targets = processes.part(batch)
+        if not len(inputs):
+            continue  # of a batch of fewer samples than processes
         outputs, wanted = network(inputs.to(device)), targets.to(device)
         loss += float(task.loss(outputs, wanted)) * len(inputs)
         score += float(task.metric(outputs, wanted))
         count += len(inputs)
+    sums = torch.tensor([loss, score, count], dtype=torch.float64, device=processes.device)
+    loss, score, count = processes.sum(sums).tolist()
     return {"loss": loss / count, "top1": 100.0 * score / count}

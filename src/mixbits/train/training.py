@@ -14,11 +14,19 @@ from torch import Tensor, fx, nn
 
 from mixbits.graph.quant_graph import QuantGraph
 from mixbits.train.checkpoint import differences
+from mixbits.train.processes import processes_here
 from mixbits.train.steps import DivergedError, Loop, Schedule, Stateful, steps
 from mixbits.train.task import Task
 
 Result = TypeVar("Result")
 KEPT = "mixbits_training"  # the submodule whose state is that of the training
+
+
+NOT_AVERAGED = (
+    "the networks of the processes are different after an update: their gradients are not averaged. Wrap "
+    "training.module, as it is after begin_learning or begin_finetuning, in DistributedDataParallel (or give "
+    "it to accelerator.prepare) and train what that returns"
+)
 
 
 def nothing(*_: Any) -> None:
@@ -65,7 +73,8 @@ class Training(Generic[Result]):
         """All gradients of an update are there, unscaled: add the penalty's, then do what is to be done.
 
         ``loss`` is the value of the task's loss, a scalar, for trainings whose penalty depends on it (DDQ's).
-        Call this once an update, however many batches it has, and before gradients are clipped.
+        Call this once an update, however many batches it has, and before gradients are clipped. Where
+        several processes train (torch's process group), it is the mean of theirs that counts.
 
         Raises ``ValueError`` if a loss is needed and not given, and for quantizers that were cast to another
         type than float32.
@@ -74,7 +83,7 @@ class Training(Generic[Result]):
         if self.needs_loss and loss is None:
             raise ValueError("the penalty is a factor of the task's loss: call before_update(loss)")
         if self.penalty is not None:
-            value = self.penalty(torch.as_tensor(0.0 if loss is None else loss).detach())
+            value = self.penalty(self._mean(loss) if self.needs_loss else torch.zeros(()))
             if not math.isfinite(value.item()):
                 raise DivergedError(
                     f"the penalty became infinite or not a number in update {self.updates + 1}; lower the "
@@ -87,11 +96,13 @@ class Training(Generic[Result]):
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer has stepped: put quantizers back into their legal set and follow the update.
 
-        Raises ``ValueError`` for an optimizer of another network, and warns of weight decay on parameters of
-        quantizers that should have none.
+        Raises ``ValueError`` for an optimizer of another network, and where the networks of several processes
+        have become different in the first update; warns of weight decay on parameters of quantizers that
+        should have none.
         """
         if not self._checked:
             self._check_optimizer(optimizer)
+            processes_here().check_same(self.module.parameters(), NOT_AVERAGED)
             self._checked = True
         for quantizer in self.graph.quantizers.values():
             quantizer.project_()
@@ -137,6 +148,12 @@ class Training(Generic[Result]):
         self.updates = state_dict["updates"]
         for name, part in self.keep.items():
             part.load_state_dict(state_dict["kept"][name])
+
+    def _mean(self, loss: Tensor | float | None) -> Tensor:
+        """The mean over processes of the task's loss."""
+        processes = processes_here()
+        value = torch.as_tensor(loss).detach().to(self.graph.network_parameters()[0].device)
+        return processes.sum(value) / processes.count
 
     def _check_types(self) -> None:
         for site, quantizer in self.graph.quantizers.items():
