@@ -32,7 +32,7 @@ check: .venv/.installed-dev  ## lint: style, types, who imports whom
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
-docs: .venv/.installed-docs  ## build the pages of docs/ into build/docs; a warning is an error
+docs: .venv/.installed-dev  ## build the pages of docs/ into build/docs; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -q -d build/doctrees docs build/docs
 	@echo "build/docs/index.html"
 
@@ -55,11 +55,6 @@ clean:  ## remove .venv, builds, caches and runs
 	@$(PIP) -e '.[dev]'
 	@$(SAY_IF_NOT_NATIVE)
 	@touch .venv/.installed $@
-
-.venv/.installed-docs: $(INSTALLED_FROM) | .venv/bin/python
-	@echo "Installing mixbits and what builds its pages into .venv ..."
-	@$(PIP) -e '.[docs]'
-	@touch $@
 
 # pip hides what a successful build said.
 define SAY_IF_NOT_NATIVE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mixbits
 
 project = "mixbits"
-author = copyright = "the authors of mixbits"  # noqa: A001  Sphinx reads this name
+author = copyright = "the authors of mixbits"
 release = version = mixbits.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]

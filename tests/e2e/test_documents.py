@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import mixbits
 from mixbits.cli.main import COMMANDS, main
 from mixbits.methods import find_methods
 
@@ -103,6 +104,14 @@ def test_every_method_has_a_page():
     without = [name for name in find_methods() if name not in pages and f"`{name}`" not in baselines]
 
     assert without == []
+
+
+def test_every_public_name_is_in_the_python_interface():
+    described = re.findall(
+        r"auto\w+:: mixbits\.(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M
+    )
+
+    assert set(mixbits.__all__) - set(described) == {"__version__"}
 
 
 def messages() -> list[str]:
