@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install 
 INSTALLED_FROM := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow check clean
+.PHONY: help demo test slow check docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -31,6 +31,10 @@ check: .venv/.installed-dev  ## lint: style, types, who imports whom
 	$(BIN)/clang-format --dry-run -Werror $(shell find csrc tests -name '*.h' -o -name '*.cpp')
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+docs: .venv/.installed-dev  ## build the pages of docs/ into build/docs; a warning is an error
+	$(BIN)/sphinx-build -W --keep-going -q -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
 
 clean:  ## remove .venv, builds, caches and runs
 	rm -rf .venv build dist runs .hypothesis .pytest_cache .ruff_cache .import_linter_cache
