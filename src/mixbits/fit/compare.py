@@ -163,7 +163,7 @@ def engine(options: Sweep) -> Iterator[None]:
     except ImportError as error:
         raise ImportError("--cluster needs Dask: pip install 'mixbits[cluster]'") from error
     try:
-        client = Client(options.cluster, timeout=CLUSTER_SECONDS)
+        client: Any = Client(options.cluster, timeout=CLUSTER_SECONDS)
     except OSError as error:
         raise ValueError(
             f"--cluster {options.cluster}: no scheduler answers ({error}); start one with `dask scheduler`"
