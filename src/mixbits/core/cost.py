@@ -189,7 +189,8 @@ def average_weight_bits(profile: Profile) -> Amount:
 def size_bytes(profile: Profile) -> Amount:
     """Bytes of everything stored: packed weights, and in float32 scales, biases, steps and other constants.
 
-    The file's header (names, shapes, the list of instructions) comes on top.
+    The file's header (names, shapes, the list of instructions) comes on top, and less than 64 bytes a tensor
+    with which data starts at multiples of 64.
     """
     floats = Term((), FLOAT_BITS // 8 * profile.stored_floats)
     return Amount(((floats, *(_packed(site) for site in profile.weights)),))

@@ -37,8 +37,7 @@ class Recipe:
     Attributes:
         network: module:function or file.py:function, called without arguments.
         data: digits, cifar10:DIR, mnist:DIR, imagefolder:DIR, module:function or file.py:function.
-        budget: Limits, for example weights=70KiB,act_max=8KiB or weights=4bit or bops=0.5G or ms=3.0 or
-            bitfusion_cycles=1M.
+        budget: Limits, such as weights=70KiB,act_max=8KiB or weights=4bit, bitfusion_cycles=1M or ms=3.0.
         latency: Table that ms= is read from, by `mixbits profile --latency`; states threads and batch.
         latency_elsewhere: The table is of another machine, where the network is to run.
         method: See `mixbits methods`.
