@@ -143,22 +143,26 @@ class _Nearest(torch.autograd.Function):
         x, step, levels, codes, strength = ctx.saved_tensors
         ratio = x / step
         inside = within(grad, ratio, levels[0], levels[-1])
-        # The sum of grad * step + strength * (level - ratio) over each level's values, in parts.
-        counts = _sums(codes, None, levels)
-        away = counts * levels - _sums(codes, ratio, levels)
-        slope = _sums(codes, grad * step, levels) if step.dim() else step * _sums(codes, grad, levels)
-        return inside, None, slope + strength * away, counts * strength, None, None, None
+        # The sum of grad * step + strength * (level - ratio) over each level's values, in parts. A level
+        # times its count is nearly the sum of its ratios: float32 would lose their difference.
+        counts = _sums(codes, None, len(levels))
+        away = counts * levels - _sums(codes, ratio.double(), len(levels))
+        slope = (
+            _sums(codes, grad * step, len(levels)) if step.dim() else step * _sums(codes, grad, len(levels))
+        )
+        to_levels = (slope + strength * away).to(levels.dtype)
+        return inside, None, to_levels, counts.to(levels.dtype) * strength, None, None, None
 
 
-def _sums(codes: Tensor, values: Tensor | None, like: Tensor) -> Tensor:
-    """The sum (without values: the number) of the values of every code, shaped as ``like``."""
+def _sums(codes: Tensor, values: Tensor | None, size: int) -> Tensor:
+    """The sum (without values: the number) of the values of every code, float64 ``[size]``."""
     if values is not None:
         values = values.reshape(-1)
     if codes.device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.bincount(codes, values, minlength=len(like)).to(like.dtype)
-    index = codes.to(torch.int64)
-    ones = torch.ones_like(index, dtype=like.dtype) if values is None else values
-    return torch.zeros_like(like).scatter_add_(0, index, ones)
+        return torch.bincount(codes, values, minlength=size).double()
+    if values is None:
+        values = torch.ones_like(codes, dtype=torch.float64)
+    return values.new_zeros(size).scatter_add_(0, codes.to(torch.int64), values).double()
 
 
 class LearnedLevels(Quantizer):

@@ -145,11 +145,13 @@ class _FakeQuantize(torch.autograd.Function):
         ratio = x / step
         inside = within(grad, ratio, levels[0], levels[1])
         # To the step: inside, level - x / step; outside, the level.
-        if step.dim():
-            below = (inside * ratio).sum_to_size(step.shape)
-            return inside, _to_levels_(ratio, levels).mul_(grad).sum_to_size(step.shape) - below, None
-        below = dot(inside, ratio)
-        return inside, dot(grad, _to_levels_(ratio, levels)) - below, None
+        if step.dim() or torch.compiler.is_compiling():
+            below = inside * ratio
+            to_step = _to_levels_(ratio, levels).mul_(grad).sub_(below).sum_to_size(step.shape)
+        else:  # two calls that make no tensor
+            below = dot(inside, ratio)
+            to_step = dot(grad, _to_levels_(ratio, levels)) - below
+        return inside, to_step, None
 
 
 def _itself(x: Tensor) -> Tensor:
