@@ -43,7 +43,6 @@ FEW = 2  # codes that may differ at any site, however small
 # Relative to the largest logit: float32 sums of up to 512 products, each 6e-8 off. Measured: 5e-7.
 LOGITS = 2e-6
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")
 QUICK = ("digits_cnn", "class_token", "grouped", "unet")
 every_network = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NETWORKS]

@@ -30,8 +30,6 @@ TIES = 1e-3
 # Relative to the largest logit: a few float32 roundings of 6e-8 after the last site. Measured: 1.1e-7.
 LOGITS = 1e-6
 
-# Said once by torch where a codebook's activation is a transposed tensor.
-pytestmark = pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")
 every_network = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in NETWORKS]
 )

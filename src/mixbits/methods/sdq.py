@@ -293,7 +293,7 @@ def bin_regularization(w: Tensor, step: Tensor, grid: Grid) -> Tensor:
     levels = torch.tensor(grid.levels, dtype=torch.float32, device=w.device)
     level = nearest_level(w.detach() / step, grid)
     unit = step.mean() * float(max(grid.level_max, -grid.level_min))
-    codes = torch.searchsorted(levels, level.contiguous())
+    codes = torch.searchsorted(levels, level.reshape(-1))
     _, means, variances = bins((w - level * step) / unit, codes, len(levels))
     return (means.square() + variances).sum()
 

@@ -123,8 +123,9 @@ def clip(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
 def nearest_level(ratio: Tensor, grid: Grid) -> Tensor:
     """Level of ``grid`` that ``ratio`` (value / step) belongs to, as float; no gradient of its own."""
     if isinstance(grid, Codebook):
-        edges = ratio.new_tensor(grid.edges)
-        return ratio.new_tensor(grid.levels)[torch.bucketize(ratio.detach().contiguous(), edges, right=True)]
+        # One dimension has one layout: compiled, a copy of more would be laid out like the tensor again.
+        codes = torch.bucketize(ratio.detach().reshape(-1), ratio.new_tensor(grid.edges), right=True)
+        return ratio.new_tensor(grid.levels)[codes].reshape(ratio.shape)
     if grid.form == "bipolar":
         low = grid.level_min
         return torch.clamp(2 * torch.round((ratio - low) / 2) + low, low, grid.level_max)
