@@ -26,7 +26,7 @@ from mixbits.methods.mpdnn import (
     uniform_bits,
 )
 from mixbits.quant.functional import round_half_away
-from mixbits.train.method import Target, learn
+from mixbits.train.method import Learned, Target, full_grid, learn, usual_grid
 from mixbits.train.penalty import squared_excess
 from mixbits.train.steps import Loop
 from mixbits.train.task import make_task
@@ -369,17 +369,42 @@ def test_power_of_two_weights_start_from_their_peak():
     assert as_parameters("p3", *start_from_peak(0.3, 3), 3) == (2.0**-5, 0.25)
 
 
-def test_activations_start_from_one_eighth_if_the_paper_is_followed():
+def started(method: MPDNN, budget: str) -> Learned:
     arrays = np.random.default_rng(0).normal(size=(40, 1, 4, 4)).astype(np.float32), np.arange(40) % 2
     graph = capture(
         nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)), torch.zeros(2, 1, 4, 4)
     )
-    method = MPDNN(epochs=0, activation_start="paper")
+    return learn(method, graph, make_task(arrays, arrays), Target(parse_budget(budget)), Loop())[1]
 
-    _, learned = learn(method, graph, make_task(arrays, arrays), Target(parse_budget("weights=1KiB")), Loop())
 
-    start = learned.frozen["1/relu"]
+def test_activations_start_from_one_eighth_if_the_paper_is_followed():
+    start = started(MPDNN(epochs=0, activation_start="paper"), "weights=1KiB").frozen["1/relu"]
+
     assert (start.step.item(), start.grid.level_max) == (0.125, 15)
+
+
+@pytest.mark.parametrize(
+    ("budget", "options", "weight", "activation"),
+    [
+        ("weights=2bit,act=3bit", {}, 3, 4),
+        ("weights=2.9bit,act=2bit", {}, 3, 3),
+        ("weights=8bit", {}, 4, 4),
+        ("weights=2bit,act=2bit", {"weight_start": 6, "activation_start_bits": 5}, 6, 5),
+    ],
+)
+def test_widths_start_one_above_the_widest_that_all_could_have(budget, options, weight, activation):
+    frozen = started(MPDNN(epochs=0, **options), budget).frozen
+
+    assert frozen["0.weight"].grid.bits == frozen["3.weight"].grid.bits == weight
+    assert frozen["1/relu"].grid.bits == activation
+
+
+def test_weights_of_two_bits_are_finetuned_on_the_grid_of_the_baselines():
+    learned = started(MPDNN(epochs=0), "weights=2bit,act=2bit")
+    site = learned.graph.profile.site("0.weight")
+
+    assert learned.grid_of(site, 2) == usual_grid(site, 2)
+    assert learned.grid_of(site, 3) == full_grid(site, 3)
 
 
 @given(st.floats(2**-7, 0.9), st.integers(1, 6), st.booleans(), st.integers(0, 2**31))

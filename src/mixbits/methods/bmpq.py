@@ -39,7 +39,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -300,24 +299,13 @@ def solving_steps(total: int, *, interval: int, warmup: int, freeze: int) -> lis
 def one_activation_width(profile: Profile, target: Target, allowed: Choices) -> Choices:
     """The choices that are left when all activations have one width, as far as each can.
 
-    It is the activations' width in the widest pair of a weight and an activation width that fits the budget:
-    the largest smaller width, then the largest sum. Sites that cannot have it take their nearest narrower
-    candidate, or their narrowest. Activations that share their width with a weight stay with it.
+    It is that of :meth:`~mixbits.train.method.Target.widest_pair`. Activations that share their width with a
+    weight stay with it.
     """
-    kind = {site.name: site.kind for site in profile.sites}
-    tied = {name for group in allowed.groups if any(kind[n] == "weight" for n in group) for name in group}
-
-    def nearest(site: str, wish: int) -> int:
-        widths = allowed.widths[site]
-        return max((width for width in widths if width <= wish), default=widths[0])
-
-    best, best_rank = allowed.at(lowest=True), (0, 0, 0)
-    for weight, activation in product(set(target.weight_bits), set(target.activation_bits)):
-        rank = (min(weight, activation), weight + activation, weight)
-        bits = {site: nearest(site, weight if site in tied else activation) for site in allowed.widths}
-        if rank > best_rank and target.budget.fits(profile, bits):
-            best, best_rank = bits, rank
-    left = {site: widths if site in tied else (best[site],) for site, widths in allowed.widths.items()}
+    weights = {site.name for site in profile.weights}
+    tied = {name for group in allowed.groups if weights.intersection(group) for name in group}
+    pair = target.widest_pair(profile) or allowed.at(lowest=True)
+    left = {site: widths if site in tied else (pair[site],) for site, widths in allowed.widths.items()}
     return Choices(left, allowed.groups)
 
 

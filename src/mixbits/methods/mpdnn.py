@@ -13,8 +13,10 @@ float.
 Deviation: the bias of a linear layer stays float32, in the epilogue; the paper quantizes and counts it (10
 values).
 Deviation: after the widths are learned they are rounded to the candidates, and finetuning goes on with
-learned float steps (per output channel for weights) at fixed widths; the paper trains one phase with
-power-of-two steps to the end.
+learned float steps (per output channel for weights) at fixed widths, weights of 2 bits on -3, -1, 1, 3; the
+paper trains one phase with power-of-two steps to the end, 2 bits on -1, 0, 1.
+Deviation: widths start one bit above the widest that all could have, not always at 4: from there to 2 bits is
+a long way (docs/decisions/0016; ``weight_start=4, activation_start_bits=4`` gives the paper's).
 Deviation: the paper keeps the iterate that is best on the test set among those that meet the limits. A width
 under a limit never settles: at its threshold the task and the penalty push the step to and fro, and the power
 of two flips. Here the widths asked for are running means over about the last tenth of learning (fractions
@@ -47,7 +49,7 @@ from mixbits.quant.functional import (
 from mixbits.quant.observe import mse_step
 from mixbits.quant.quantizer import Frozen, LearnedStep, Quantizer
 from mixbits.train.finetune import observe
-from mixbits.train.method import Learned, Method, Target, full_grid
+from mixbits.train.method import Learned, Method, Target, full_grid, usual_grid
 from mixbits.train.penalty import squared_excess, used
 from mixbits.train.steps import Loop, Schedule
 from mixbits.train.task import Batches, Task
@@ -56,6 +58,7 @@ from mixbits.train.training import Training, drive
 Parametrization = Literal["u3", "u2", "u1", "p3", "p2", "p1"]
 
 MARGIN = 1e-5  # parameters stay this far inside their bounds, where a clip would stop their gradient
+PAPER_START = 4  # bits
 LARGEST_RATIO_EXPONENT = 6  # power-of-two levels 1 .. 64 (and their negatives) are the widest that fit int8
 SQRT2 = 2.0**0.5
 MEAN_OVER = 0.1  # share of the training steps that the running mean of a width looks back on
@@ -330,8 +333,8 @@ class MPDNN(Method):
     )
     strength: float = 0.1  # lambda of weight and operation limits, per (KiB above)^2 on the paper's ResNet-20
     activation_strength: float = 1.0  # lambda of activation limits, likewise
-    weight_start: int = 4  # bits that weights start with
-    activation_start_bits: int = 4  # bits that activations start with
+    weight_start: int = 0  # bits that weights start with; 0: one above the widest all could have, at most 4
+    activation_start_bits: int = 0  # bits that activations start with; 0: likewise
     activation_start: Literal["observed", "paper"] = "observed"  # paper: d = 1/8 whatever the data
 
     paper: ClassVar[str] = "step size and dynamic range learned: MPDNN, Uhlich et al. 2020, arXiv 1905.11452"
@@ -388,13 +391,14 @@ class MPDNN(Method):
 
     def _grid(self, site: Site, bits: int) -> Grid:
         if self.parametrization.startswith("u") or bits == 1:
-            return full_grid(site, bits)
+            return usual_grid(site, bits)
         exponent = min(level_count(bits - 1) - 1, LARGEST_RATIO_EXPONENT)
         return power_of_two_grid(bits, exponent, signed=site.signed)
 
     def _place_(self, graph: QuantGraph, batches: Batches, target: Target, device: torch.device) -> None:
         """A :class:`LearnedWidth` on every site, a :class:`LearnedStep` where a pin leaves one width."""
-        allowed = target.choices(graph.profile).widths
+        choices = target.choices(graph.profile)
+        allowed, fitting = choices.widths, target.widest_pair(graph.profile) or choices.at(lowest=True)
         activations = [site.name for site in graph.profile.activations]
         observed = observe(graph, activations, batches, device)
         placed: dict[str, Quantizer] = {}
@@ -405,9 +409,8 @@ class MPDNN(Method):
                 grid = full_grid(site, widths[0])
                 placed[site.name] = LearnedStep(grid, mse_step(values, grid)[0], shared_by=values.numel())
                 continue
-            bits = min(
-                max(self.weight_start if weight else self.activation_start_bits, widths[0]), widths[-1]
-            )
+            asked = self.weight_start if weight else self.activation_start_bits
+            bits = min(max(asked or min(fitting[site.name] + 1, PAPER_START), widths[0]), widths[-1])
             step, q_max = self._start(values, bits, weight=weight, signed=site.signed)
             placed[site.name] = LearnedWidth(
                 self.parametrization,

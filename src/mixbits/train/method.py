@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any, ClassVar
 
 import torch
@@ -47,6 +48,28 @@ class Target:
         allowed = choices(profile, self.weight_bits, self.activation_bits, ties=self.ties, pins=self.pins)
         check_feasible(profile, self.budget, allowed)
         return allowed
+
+    def widest_pair(self, profile: Profile) -> dict[str, int] | None:
+        """Every site's bits at the widest pair of a weight and an activation width that fits, if one does.
+
+        Widest is the largest smaller width, then the largest sum, then the larger weight width. A site that
+        cannot have its width takes the next narrower one that it can, or its narrowest; activations tied to
+        a weight have its width. Raises as :meth:`choices`.
+        """
+        allowed = self.choices(profile)
+        weights = {site.name for site in profile.weights}
+        tied = {name for group in allowed.groups if weights.intersection(group) for name in group}
+        widest, largest = None, (0, 0, 0)
+        for weight, activation in product(set(self.weight_bits), set(self.activation_bits)):
+            rank = (min(weight, activation), weight + activation, weight)
+            wish = {site: weight if site in tied else activation for site in allowed.widths}
+            bits = {
+                site: max((width for width in widths if width <= wish[site]), default=widths[0])
+                for site, widths in allowed.widths.items()
+            }
+            if rank > largest and self.budget.fits(profile, bits):
+                widest, largest = bits, rank
+        return widest
 
 
 def full_grid(site: Site, bits: int) -> Uniform:
