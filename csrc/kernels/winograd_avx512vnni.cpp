@@ -254,7 +254,7 @@ void finish(const Tile<2>& tile, const std::int32_t* m, __m128i shift, const std
 void block(const Conv conv, const Job job, __m128i shift, const Tile<2>* tiles, int count,
            const std::uint8_t* v, std::int32_t* m, const std::int32_t* sums) {
   const int quads = (count + kStep - 1) / kStep;
-  const std::ptrdiff_t each = quads >= 4 ? kVector : quads >= 2 ? 2 * kVector : kRow;
+  const std::ptrdiff_t each = (kRow / kVector + quads - 1) / quads * kVector;
   for (int o = job.o0; o < job.o1; o += kLanes) {
     const std::uint8_t* weights = job.weights + o / kLanes * 4 * row_bytes(conv);
     const std::uint8_t* quad = v;
