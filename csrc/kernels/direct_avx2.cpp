@@ -145,7 +145,7 @@ void run(const Conv& conv, const Job& job) {
 double cycles(const Conv& conv) {
   const double again =
       1.0 * input_rows(conv, rows_of(conv)) / rows_of(conv);  // rows widened for an output row
-  return cycles_of(conv, kForm, 0.71, 0, 1.5) + conv.out_h * again * conv.row_bytes() / 16.0;
+  return cycles_of(conv, kForm, 0.64, 0, 1.5) + conv.out_h * again * conv.row_bytes() / 16.0;
 }
 
 int rows(const Conv& conv) { return rows_of(conv); }
