@@ -203,12 +203,19 @@ template <int kTiles>
 #pragma GCC pop_options
 #endif
 
-// The same for a block.
+// The same for a block. Meanwhile the weights of the next position come to the second cache.
 void multiply_block(const std::uint8_t* weights, const std::uint8_t* v, int steps, int run, int tiles,
                     std::int32_t* m) {
   const std::ptrdiff_t next = 4 * kStep * static_cast<std::ptrdiff_t>(steps);
-  for (; tiles >= kStep; tiles -= kStep, v += next, m += kStep * kPanel)
+  const std::ptrdiff_t all = static_cast<std::ptrdiff_t>(1 + steps) * kWeights;
+  const std::ptrdiff_t each = (all * kStep / tiles + kWeights) / kWeights * kWeights;  // of four tiles
+  const std::uint8_t* fetched = weights + all;
+  for (; tiles >= kStep; tiles -= kStep, v += next, m += kStep * kPanel) {
+    for (const std::uint8_t* end = fetched + each; fetched < end; fetched += kWeights) {
+      _mm_prefetch(reinterpret_cast<const char*>(fetched), _MM_HINT_T1);
+    }
     multiply<kStep>(weights, v, steps, run, m);
+  }
   if (tiles == 1) multiply<1>(weights, v, steps, run, m);
   if (tiles == 2) multiply<2>(weights, v, steps, run, m);
   if (tiles == 3) multiply<3>(weights, v, steps, run, m);

@@ -23,7 +23,6 @@ constexpr int kVector = 64;        // bytes of a register
 constexpr int kRow = 4 * kVector;  // bytes of weights of 4 positions and 4 channels
 constexpr int kBlock = 32;         // tiles that are transformed together, at most
 constexpr int kStep = 4;           // tiles of one pass over the weights, at most: with 4 positions, 16 sums
-constexpr int kAhead = 4096;       // bytes of weights between what is read and what is fetched
 constexpr int kByteOffset = 128;
 
 // V is stored plus this: nothing where no input is subtracted, else the middle of a byte.
@@ -183,22 +182,30 @@ Two untransform(__m512i m0, __m512i m1, __m512i m2, __m512i m3) {
   return {_mm512_add_epi32(m0, _mm512_add_epi32(m1, m2)), _mm512_sub_epi32(_mm512_sub_epi32(m1, m2), m3)};
 }
 
+// Weights to have in the second cache when they are read: `each` bytes of a step.
+struct Fetch {
+  const std::uint8_t* from;
+  std::ptrdiff_t each;
+};
+
 // The four positions of a row: sums over channels of U * V of 16 output channels, A^T applied:
 // m[tile][2][16].
 template <int kTiles>
-void multiply(const std::uint8_t* weights, const std::uint8_t* v, int steps, std::int32_t* m) {
+void multiply(const std::uint8_t* weights, const std::uint8_t* v, int steps, Fetch fetch, std::int32_t* m) {
   __m512i sum[kTiles][4];
 #pragma GCC unroll 4
   for (int x = 0; x < 4; ++x) {
 #pragma GCC unroll 4
     for (int t = 0; t < kTiles; ++t) sum[t][x] = _mm512_load_si512(weights + x * kVector);
   }
-  for (int k = 0; k < steps; ++k, v += kVector) {
+  for (int k = 0; k < steps; ++k, v += kVector, fetch.from += fetch.each) {
     weights += kRow;
+    for (std::ptrdiff_t i = 0; i < fetch.each; i += kVector) {
+      _mm_prefetch(reinterpret_cast<const char*>(fetch.from + i), _MM_HINT_T1);
+    }
 #pragma GCC unroll 4
     for (int x = 0; x < 4; ++x) {
       const __m512i u = _mm512_load_si512(weights + x * kVector);
-      _mm_prefetch(reinterpret_cast<const char*>(weights + x * kVector + kAhead), _MM_HINT_T0);
 #pragma GCC unroll 4
       for (int t = 0; t < kTiles; ++t) {
         std::int32_t four;
@@ -215,7 +222,7 @@ void multiply(const std::uint8_t* weights, const std::uint8_t* v, int steps, std
   }
 }
 
-using Multiply = void (*)(const std::uint8_t*, const std::uint8_t*, int, std::int32_t*);
+using Multiply = void (*)(const std::uint8_t*, const std::uint8_t*, int, Fetch, std::int32_t*);
 constexpr Multiply kMultiply[kStep] = {multiply<1>, multiply<2>, multiply<3>, multiply<4>};
 
 // Outputs of a tile and 16 channels. `sums`: what windows add, [pixel of the job], or null.
@@ -242,16 +249,20 @@ void finish(const Tile<2>& tile, const std::int32_t* m, __m128i shift, const std
   }
 }
 
-// All of the job's output channels of a block of tiles.
+// All of the job's output channels of a block of tiles. Every row of weights is read once for each quad of
+// tiles; meanwhile the next row comes, as evenly as whole lines allow, from where it takes longest.
 void block(const Conv conv, const Job job, __m128i shift, const Tile<2>* tiles, int count,
            const std::uint8_t* v, std::int32_t* m, const std::int32_t* sums) {
+  const int quads = (count + kStep - 1) / kStep;
+  const std::ptrdiff_t each = (kRow / kVector + quads - 1) / quads * kVector;
   for (int o = job.o0; o < job.o1; o += kLanes) {
     const std::uint8_t* weights = job.weights + o / kLanes * 4 * row_bytes(conv);
     const std::uint8_t* quad = v;
     for (int y = 0; y < 4; ++y, weights += row_bytes(conv)) {
       for (int t = 0; t < count; t += kStep, quad += quad_bytes(conv)) {
         const int now = count - t < kStep ? count - t : kStep;
-        kMultiply[now - 1](weights, quad, steps(conv), m + y * kRowSums + t * kTileSums);
+        const Fetch fetch{weights + row_bytes(conv) + t / kStep * steps(conv) * each, each};
+        kMultiply[now - 1](weights, quad, steps(conv), fetch, m + y * kRowSums + t * kTileSums);
       }
     }
     for (int t = 0; t < count; ++t) {
