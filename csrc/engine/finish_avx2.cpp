@@ -44,6 +44,14 @@ void store_bytes(std::uint8_t* at, __m256i bytes, Lanes lanes, int end) {
   for (int i = 0; i < end; ++i) at[i] = i < lanes.count ? found[i] : std::uint8_t{0};
 }
 
+// 32 bytes that are held as int32, eight a vector.
+void store_bytes(std::uint8_t* at, __m256i first, __m256i second, __m256i third, __m256i fourth) {
+  const __m256i packed =
+      _mm256_packus_epi16(_mm256_packs_epi32(first, second), _mm256_packs_epi32(third, fourth));
+  const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing is by halves
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm256_permutevar8x32_epi32(packed, in_order));
+}
+
 // Where value >= threshold: `byte`, elsewhere 0.
 __m256i if_reached(__m256 value, __m256 threshold, __m256i byte) {
   return _mm256_and_si256(_mm256_castps_si256(_mm256_cmp_ps(value, threshold, _CMP_GE_OQ)), byte);
@@ -210,7 +218,15 @@ void finish_bytes(const Finish& f, const Strip& strip, const Round round) {
     const auto* residual = static_cast<const std::uint8_t*>(f.residual) + y * f.residual_row * size_of(Kind);
     std::uint8_t* out = f.maps[0].data + y * f.maps[0].row;
     for (int x = 0; x < strip.width; ++x, acc += strip.ld, residual += residual_pixel, out += pixel) {
-      for (int o = o0; o < o1; o += kLanes) {
+      int o = o0;
+      for (; o + 4 * kLanes <= o1; o += 4 * kLanes) {
+        const auto rounded = [&](int at) {
+          return round(values.at(acc + at, at, residual + at * size_of(Kind), Lanes(kLanes)));
+        };
+        store_bytes(out + o, rounded(o), rounded(o + kLanes), rounded(o + 2 * kLanes),
+                    rounded(o + 3 * kLanes));
+      }
+      for (; o < o1; o += kLanes) {
         const Lanes lanes(o1 - o);
         const __m256 value = values.at(acc + o, o, residual + o * size_of(Kind), lanes);
         store_bytes(out + o, round(value), lanes, end - o);
