@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn, overrides
+from torch.export import default_decompositions
 from torch.fx.graph import CodeGen
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -30,6 +31,8 @@ from torch.overrides import TorchFunctionMode
 MODAL = (_BatchNorm, _DropoutNd)
 # Classes that hold a network and average its gradients; those of FSDP are imported by whoever uses them.
 WRAPPERS = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"}
+# Operations that are written with others.
+DECOMPOSED = {torch.ops.aten.einsum.default: default_decompositions()[torch.ops.aten.einsum.default]}
 TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 
@@ -115,7 +118,7 @@ def _export(model: nn.Module, example: Tensor) -> fx.GraphModule:
                 program = torch.export.export(
                     model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=strict
                 )
-                return program.run_decompositions({}).module(check_guards=False)
+                return program.run_decompositions(DECOMPOSED).module(check_guards=False)
         except Exception as error:  # torch.export raises many types
             failures.append(error)
     raise CaptureError(_explain(failures[0])) from failures[0]
