@@ -172,9 +172,9 @@ def stack(builder: Builder, node: fx.Node) -> str:
 @rule(aten.repeat.default, aten.tile.default)
 def repeat(builder: Builder, node: fx.Node) -> str:
     """Copies one after the other in each dimension."""
-    tensor, counts = node.args
-    assert isinstance(tensor, fx.Node) and isinstance(counts, list | tuple)
-    counts = [1] * (rank(tensor) - len(counts)) + list(counts)
+    tensor, given = node.args
+    assert isinstance(tensor, fx.Node) and isinstance(given, list | tuple)
+    counts: list[Any] = [1] * (rank(tensor) - len(given)) + list(given)
     if len(counts) > rank(tensor) or not all(isinstance(count, int) for count in counts) or counts[0] != 1:
         raise unsupported(node, f"the counts {counts}", "Repeat the dimensions of one sample.")
     value = builder.value(tensor, node)
