@@ -33,7 +33,9 @@ MODAL = (_BatchNorm, _DropoutNd)
 # Classes that hold a network and average its gradients; those of FSDP are imported by whoever uses them.
 WRAPPERS = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"}
 # Operations that are written with others.
-DECOMPOSED = {torch.ops.aten.einsum.default: default_decompositions()[torch.ops.aten.einsum.default]}
+DECOMPOSED: dict[Any, Any] = {
+    torch.ops.aten.einsum.default: default_decompositions()[torch.ops.aten.einsum.default]
+}
 TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 
