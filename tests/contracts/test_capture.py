@@ -16,7 +16,7 @@ from mixbits.core.grid import Uniform
 from mixbits.graph.capture import CaptureError
 from mixbits.graph.quant_graph import QuantGraph, capture, put_
 from mixbits.quant.quantizer import LearnedStep
-from networks import ODD_NETWORKS
+from networks import ODD_NETWORKS, Functional
 
 # Sums of float32 in another order: torch computes its own transformer layer by another kernel in evaluation.
 FLOAT32_ORDER = 1e-6
@@ -473,6 +473,14 @@ def test_a_weight_of_two_layers_is_one_site():
     sites = capture(model, torch.zeros(2, 1, 8, 8)).profile.weights
 
     assert [len(site.readers) for site in sites] == [2]
+
+
+def test_a_parameter_in_a_plain_matrix_product_is_said_to_stay_in_float():
+    model = Functional(lambda self, x: self.linear(x.flatten(1)) @ self.mixing, linear=nn.Linear(64, 3))
+    model.mixing = nn.Parameter(torch.eye(3))
+
+    with pytest.warns(UserWarning, match=r"^matmul: 'mixing' stays in float32 .* use nn\.Linear"):
+        capture(model, torch.zeros(2, 1, 8, 8))
 
 
 def test_weights_of_half_precision_are_refused():
