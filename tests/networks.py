@@ -193,6 +193,29 @@ def scalars() -> nn.Module:
     return network
 
 
+def written_with_others() -> nn.Module:
+    """Operations that become several instructions, and nearest neighbours at an odd ratio."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = F.glu(self.instance(self.stem(x)), 1)
+        y = self.two(F.normalize(x, dim=1).repeat(1, 2, 1, 1))
+        y = F.interpolate(F.logsigmoid(self.three(y)), size=(9, 11), mode="nearest")
+        y = self.rms(y) - y.unfold(3, 2, 2).amin(4).min(3, keepdim=True)[0]
+        scores = torch.einsum("bchw,bdhw->bcd", y, y)
+        rest = [x.var((2, 3)), x.std((2, 3), correction=0)]
+        return self.head(torch.cat([scores.flatten(1), *rest], 1))
+
+    return Functional(
+        forward,
+        stem=nn.Conv2d(3, 8, 3),
+        instance=nn.InstanceNorm2d(8, affine=True),
+        two=nn.Conv2d(8, 4, 1),
+        three=nn.Conv2d(4, 4, 3, stride=2),
+        rms=nn.RMSNorm(11),
+        head=nn.Linear(24, 5),
+    )
+
+
 def sequence() -> nn.Module:
     """1-d convolutions over the rows of an image, with 1-d pools and norms."""
     layers = nn.Sequential(
@@ -305,4 +328,5 @@ ODD_NETWORKS = (
     shuffled,
     unet,
     windows,
+    written_with_others,
 )

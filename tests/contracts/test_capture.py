@@ -16,7 +16,7 @@ from mixbits.core.grid import Uniform
 from mixbits.graph.capture import CaptureError
 from mixbits.graph.quant_graph import QuantGraph, capture, put_
 from mixbits.quant.quantizer import LearnedStep
-from networks import ODD_NETWORKS
+from networks import ODD_NETWORKS, Functional
 
 # Sums of float32 in another order: torch computes its own transformer layer by another kernel in evaluation.
 FLOAT32_ORDER = 1e-6
@@ -408,7 +408,7 @@ REFUSED = {
         depends_on_values,
         r"test_capture\.py, line \d+: if x\.sum\(\) > 0:\n  Control flow .* use torch\.where or torch\.cond",
     ),
-    "a fixed batch": (lambda network, x: x.view(2, 4, 6, 6), "with the batch first, for any batch size"),
+    "a fixed batch": (lambda network, x: x.view(2, 4, 6, 6), "fixes the batch, .* write -1"),
     "F.dropout": (
         lambda network, x: F.dropout(x, 0.5, network.training),
         r"functional dropout is lost .*use an nn\.Dropout module\n.*test_capture\.py, line \d+:.*F\.dropout",
@@ -420,6 +420,11 @@ REFUSED = {
         r"nn\.Dropout module\n.*F\.dropout2d\(x, 0\.1\)",
     ),
     "F.batch_norm": (normalizes, "functional batch_norm cannot follow .*use an nn.BatchNorm2d module"),
+    "running statistics of an instance norm": (
+        lambda network, x: F.instance_norm(x, torch.zeros(4), torch.ones(4), use_input_stats=False),
+        "use track_running_stats=False",
+    ),
+    "noise": (lambda network, x: x + torch.randn_like(x), "randn_like: it draws .* only if self.training"),
 }
 
 
@@ -459,6 +464,28 @@ def test_layers_that_forward_does_not_use_are_named():
 
     with pytest.raises(CaptureError, match=r"does not use 2 tensors.* 'auxiliary\.weight'; remove"):
         capture(model, torch.zeros(2, 1, 8, 8))
+
+
+def test_a_weight_of_two_layers_is_one_site():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    model[3].weight = model[1].weight
+
+    sites = capture(model, torch.zeros(2, 1, 8, 8)).profile.weights
+
+    assert [len(site.readers) for site in sites] == [2]
+
+
+def test_a_parameter_in_a_plain_matrix_product_is_said_to_stay_in_float():
+    model = Functional(lambda self, x: self.linear(x.flatten(1)) @ self.mixing, linear=nn.Linear(64, 3))
+    model.mixing = nn.Parameter(torch.eye(3))
+
+    with pytest.warns(UserWarning, match=r"^matmul: 'mixing' stays in float32 .* use nn\.Linear"):
+        capture(model, torch.zeros(2, 1, 8, 8))
+
+
+def test_weights_of_half_precision_are_refused():
+    with pytest.raises(CaptureError, match=r"^linear\.weight: it is torch\.float16.* call model\.float\(\)"):
+        capture(Returns(lambda y: y).half(), torch.zeros(2, 1, 8, 8))
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,22 @@ def test_matrix_products_for_onnxruntime_run_in_integers(signed, bits, tmp_path)
     assert "MatMulIntegerToFloat" in optimized_kinds(onnx_qdq(program, runtime="onnxruntime"), tmp_path)
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("runtime", ["any", "onnxruntime"])
+def test_biases_of_matrix_products_are_not_rounded(runtime, bits):
+    program = on_weights(Uniform(bits, signed=True), Uniform(4, signed=False))
+    fine = {"grid": grid_to_json(Uniform(8, signed=True)), "step": "fine"}
+    steps = (*program.instructions, Instruction("quantize", "layer", ("y",), "out", fine))
+    constants = program.constants | {
+        "fine": np.asarray(0.01, np.float32),
+        "bias": np.linspace(-1, 1, 2**bits, dtype=np.float32),
+    }
+    program = replace(program, output="out", instructions=steps, constants=constants)
+    x = np.linspace(-1, 5, 50, dtype=np.float32)[:, None]
+    (found,) = in_onnxruntime(onnx_qdq(program, runtime=runtime), x, [], optimizations=OPTIMIZED)
+    assert (found != Executor(program)(x)).mean() <= TIES
+
+
 def test_clamped_inputs_of_matrix_products_are_not_quantized_anew():
     program = on_weights(Uniform(4, signed=True), Uniform(4, signed=False))
     clamp = Instruction("clamp", "relu6", ("input",), "clamped", {"low": 0, "high": 2.0})

@@ -132,7 +132,13 @@ def test_empty_batch_has_the_shape_of_a_batch():
 @pytest.mark.parametrize(
     ("inputs", "targets", "options", "message"),
     [
-        (images(2)[0], [0], {}, r"inputs are uint8 \[3, 8, 8\]; expected uint8 or float32 \[N, C, H, W\]"),
+        (images(2)[0, 0, 0], [0], {}, r"inputs are uint8 \[8\]; expected uint8 or float32 \[N, C, \.\.\.\]"),
+        (
+            images(2)[0],
+            [0],
+            {"augment": "crop"},
+            r"uint8 \[3, 8, 8\]; expected uint8 or float32 \[N, C, H, W\]",
+        ),
         (images(2).astype(float), [0, 1], {}, "inputs are float64"),
         (images(2), [0], {}, "2 inputs but 1 targets"),
         (
@@ -144,7 +150,7 @@ def test_empty_batch_has_the_shape_of_a_batch():
         (images(2), [0, 1], {"mean": (0.5,)}, "mean has 1 values and std has 3; expected 3, one a channel"),
         (images(2), [0, 1], {"std": (0.5, 0.0, 0.5)}, "expected values above 0"),
     ],
-    ids=["3-d", "float64", "targets", "augment", "mean", "std"],
+    ids=["1-d", "crop of 3-d", "float64", "targets", "augment", "mean", "std"],
 )
 def test_array_samples_refuse(inputs, targets, options, message):
     with pytest.raises(ValueError, match=message):

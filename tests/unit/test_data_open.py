@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mixbits.data import open_dataset
+from mixbits.data.dataset import with_normalization
 
 ARRAYS = """
 import numpy as np
@@ -106,6 +107,17 @@ def test_float_arrays_are_taken_as_they_are(write, dtype):
     assert np.unique(x).tolist() == [51]
 
 
+@pytest.mark.parametrize("shape", [(13,), (2, 50), (2, 3, 4, 5)], ids=["rows", "signals", "volumes"])
+def test_samples_may_have_any_shape(write, shape):
+    dataset = open_dataset(write(f"return *make(4, float, {shape}), *make(2, float, {shape})"))
+    channels = shape[0]
+
+    x, _ = with_normalization(dataset, (1.0,) * channels, (10.0,) * channels).test.take(np.array([0, 1]))
+
+    assert x.shape == (2, *shape)
+    assert np.unique(x).tolist() == [5]
+
+
 def test_lists_are_arrays_too(write):
     dataset = open_dataset(write("return [[[[0.5]]]], [0], [[[[1.5]]]], [1]"))
 
@@ -127,7 +139,10 @@ def test_function_may_return_a_dataset(write):
             r"returned a int; expected a Dataset or the arrays \(x_train, y_train, x_test, y_test\)",
         ),
         ("return make()", "returned a tuple of 2"),
-        ("return *make(shape=(5, 5)), *make()", r"x_train has shape \[4, 5, 5\]; expected \[N, C, H, W\]"),
+        (
+            "return *make(shape=(5, 5)), *make()",
+            r"x_train has shape \[4, 5, 5\]; expected \[N, C, H, W\] of uint8",
+        ),
         ("return *make(shape=(5, 5, 3)), *make()", r"looks like \[N, H, W, C\].*x\.transpose\(0, 3, 1, 2\)"),
         ("return *make(dtype=int), *make()", r"x_train is int64; expected uint8 .* or float"),
         (

@@ -146,3 +146,18 @@ def test_what_a_killed_process_left_is_written_over(tmp_path):
 
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_bytes() == b"whole"
+
+
+def test_a_network_that_cannot_be_packed_is_refused_before_training(tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Hardshrink(), nn.Flatten(), nn.Linear(144, 10))\n"
+    )
+    run = a_run(tmp_path / "run", network=f"{tmp_path}/net.py:net")
+    with (
+        pytest.raises(ValueError, match=r"^1/.*: no instruction for "),
+        opened(run, resume=False),
+    ):
+        pass
+    assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Labelled images in memory: what a data set is, and functions from one to another. No torch."""
+"""Labelled samples in memory: what a data set is, and functions from one to another. No torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 Augment = Literal["none", "crop", "crop_flip"]
 
 
 class Samples(Protocol):
-    """An indexed set of labelled images, read a batch at a time."""
+    """An indexed set of labelled samples, read a batch at a time."""
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -26,7 +27,7 @@ class Samples(Protocol):
     def take(
         self, indices: np.ndarray, generator: np.random.Generator | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Normalised inputs, float32 [n, C, H, W], and classes, int64 [n], of the samples at ``indices``.
+        """Normalised inputs, float32 [n, C, ...], and classes, int64 [n], of the samples at ``indices``.
 
         With a generator the training augmentation of the samples is drawn from it; without one there is none.
         """
@@ -41,7 +42,7 @@ class Dataset:
     train: Samples
     test: Samples
     classes: tuple[str, ...]  # name of class i at place i
-    input_shape: tuple[int, int, int]  # C, H, W
+    input_shape: tuple[int, ...]  # of one sample, channels first: C, H, W of an image
     mean: tuple[float, ...]  # a channel, of inputs scaled to [0, 1]
     std: tuple[float, ...]  # a channel, of inputs scaled to [0, 1]
 
@@ -55,10 +56,10 @@ class Dataset:
 class ArraySamples:
     """Samples held in memory as one array, which is kept in the type it came in and never copied.
 
-    ``inputs`` is [N, C, H, W]: uint8, divided by ``scale`` on the way out, or float32, taken as it is. Both
-    are then normalised, ``(x - mean) / std``.
+    ``inputs`` is [N, C, ...]: uint8, divided by ``scale`` on the way out, or float32, taken as it is. Both
+    are then normalised, ``(x - mean) / std``, with one mean a channel.
 
-    ``augment`` says what training draws for each sample: ``crop`` shifts the image by -``pad`` .. ``pad``
+    ``augment`` says what training draws for each image, [C, H, W]: ``crop`` shifts it by -``pad`` .. ``pad``
     pixels a direction, the rest filled with pixel value 0 (black, before normalisation, as torchvision's
     ``RandomCrop`` does); ``crop_flip`` then also mirrors every second image on average.
 
@@ -79,9 +80,11 @@ class ArraySamples:
         augment: Augment = "none",
         pad: int = 4,
     ) -> None:
-        if inputs.ndim != 4 or inputs.dtype not in (np.uint8, np.float32):
+        images = augment != "none"
+        if inputs.ndim < 2 or (images and inputs.ndim != 4) or inputs.dtype not in (np.uint8, np.float32):
             raise ValueError(
-                f"inputs are {inputs.dtype} {list(inputs.shape)}; expected uint8 or float32 [N, C, H, W]."
+                f"inputs are {inputs.dtype} {list(inputs.shape)}; expected uint8 or float32 "
+                f"{'[N, C, H, W]' if images else '[N, C, ...]'}."
             )
         if len(targets) != len(inputs):
             raise ValueError(f"{len(inputs)} inputs but {len(targets)} targets; expected as many.")
@@ -108,7 +111,7 @@ class ArraySamples:
     def take(
         self, indices: np.ndarray, generator: np.random.Generator | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Normalised inputs, float32 [n, C, H, W], and classes, int64 [n], of the samples at ``indices``."""
+        """Normalised inputs, float32 [n, C, ...], and classes, int64 [n], of the samples at ``indices``."""
         indices = np.asarray(indices)
         pixels = self.inputs[indices]
         if generator is not None and self.augment != "none":
@@ -143,8 +146,8 @@ class _Subset:
 @dataclass(frozen=True, eq=False)
 class _Renormalized:
     samples: Samples
-    gain: np.ndarray  # float32 [C, 1, 1]
-    offset: np.ndarray  # float32 [C, 1, 1]
+    gain: np.ndarray  # float32 [C, 1, ...]
+    offset: np.ndarray  # float32 [C, 1, ...]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -161,9 +164,14 @@ class _Renormalized:
 
 
 def normalize_(x: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    """Turn float32 ``x`` [n, C, H, W] into ``(x - mean) / std``, channel by channel, in place."""
-    x -= np.asarray(mean, np.float32)[:, None, None]
-    x /= np.asarray(std, np.float32)[:, None, None]
+    """Turn float32 ``x`` [n, C, ...] into ``(x - mean) / std``, channel by channel, in place."""
+    x -= _per_channel(mean, x.ndim - 1)
+    x /= _per_channel(std, x.ndim - 1)
+
+
+def _per_channel(values: ArrayLike, dims: int) -> np.ndarray:
+    """Float32 [C, 1, ...] of as many dimensions as a sample."""
+    return np.asarray(values, np.float32).reshape(-1, *(1,) * (dims - 1))
 
 
 def random_crop(pixels: np.ndarray, pad: int, generator: np.random.Generator) -> np.ndarray:
@@ -267,8 +275,9 @@ def with_normalization(dataset: Dataset, mean: tuple[float, ...], std: tuple[flo
     _check_normalization(dataset.name, mean, std, channels=dataset.input_shape[0])
     if (mean, std) == (dataset.mean, dataset.std):
         return dataset
-    gain = np.divide(dataset.std, std).astype(np.float32)[:, None, None]
-    offset = (np.subtract(dataset.mean, mean) / std).astype(np.float32)[:, None, None]
+    dims = len(dataset.input_shape)
+    gain = _per_channel(np.divide(dataset.std, std), dims)
+    offset = _per_channel(np.subtract(dataset.mean, mean) / std, dims)
     return dataclasses.replace(
         dataset,
         train=_Renormalized(dataset.train, gain, offset),

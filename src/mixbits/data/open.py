@@ -29,8 +29,8 @@ def open_dataset(spec: str) -> Dataset:
 
     ``digits``, ``cifar10:DIR``, ``mnist:DIR``, ``imagefolder:DIR`` (``imagefolder:DIR?size=224&crop=0.875``),
     or ``module:function`` and ``path/to/file.py:function`` for your own. The function takes no argument and
-    returns a ``Dataset`` or the arrays ``(x_train, y_train, x_test, y_test)``: inputs [N, C, H, W], uint8
-    (divided by 255) or float (taken as they are), and integer classes [N].
+    returns a ``Dataset`` or the arrays ``(x_train, y_train, x_test, y_test)``: images [N, C, H, W] in
+    uint8 (divided by 255) or float inputs [N, ...] (taken as they are), and integer classes [N].
 
     Raises:
         ValueError: The spec, or what it names, is not a data set.
@@ -102,7 +102,7 @@ def _dataset_of(function: object, spec: str) -> Dataset:
     if x_train.shape[1:] != x_test.shape[1:] or x_train.dtype != x_test.dtype:
         raise ValueError(
             f"{spec}: x_train is {x_train.dtype} {list(x_train.shape)} and x_test {x_test.dtype} "
-            f"{list(x_test.shape)}; expected one type and one [C, H, W]."
+            f"{list(x_test.shape)}; expected one type and one shape of a sample."
         )
     channels = x_train.shape[1]
     mean, std = (0.0,) * channels, (1.0,) * channels
@@ -119,11 +119,13 @@ def _dataset_of(function: object, spec: str) -> Dataset:
 
 def _inputs(values: object, name: str) -> np.ndarray:
     x = np.asarray(values)
-    if x.ndim != 4:
+    if x.dtype == np.uint8 and x.ndim != 4:
         raise ValueError(
-            f"{name} has shape {list(x.shape)}; expected [N, C, H, W]. "
+            f"{name} has shape {list(x.shape)}; expected [N, C, H, W] of uint8. "
             "Reshape it there: x[:, None] for grey images [N, H, W]."
         )
+    if x.ndim < 2:
+        raise ValueError(f"{name} has shape {list(x.shape)}; expected samples first, [N, ...].")
     if x.dtype == np.uint8 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
         raise ValueError(
             f"{name} has shape {list(x.shape)}, which looks like [N, H, W, C]; expected [N, C, H, W]. "

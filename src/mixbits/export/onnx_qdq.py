@@ -311,10 +311,9 @@ class _Exporter:
             y = graph.op("MatMul", self._float(name, shifted=False), weight)
             if not bias.any():
                 return y
-            if self.runtime == "onnxruntime":
-                # A matrix product with an Add would become a Gemm, which it runs in float.
-                return graph.op("Sub", y, graph.constant(-bias, name=attrs["bias"]))
-            return graph.op("Add", y, graph.constant(bias, name=attrs["bias"]))
+            # onnxruntime 1.31 would make a Gemm of a product and an Add. It runs that in float, with the bias
+            # rounded to the unit of the integer sums where the result is quantized at once.
+            return graph.op("Sub", y, graph.constant(-bias, name=attrs["bias"]))
         x = self._float(name)
         before, after = zip(*attrs["padding"], strict=True)
         inside = self.runtime == "onnxruntime" and self._bias_rounds_well(step, scale)

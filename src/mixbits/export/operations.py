@@ -98,6 +98,13 @@ def pad(call: Call, x: ir.Value) -> ir.Value:
 
 def upsample_nearest(call: Call, x: ir.Value) -> ir.Value:
     """The element at ``floor(i * size_in / size_out)``."""
+    size = call.attrs["size"]
+    first = len(call.shapes[0]) - len(size)
+    if any(max(a, b) % min(a, b) for a, b in zip(call.shapes[0][first:], size, strict=True)):
+        for dim, wanted in enumerate(size, start=first):  # Resize rounds i / scale as it likes
+            places = np.arange(wanted) * call.shapes[0][dim] // wanted
+            x = call.op("Gather", x, call.graph.shape(*places), axis=dim)
+        return x
     return _resize(call, x, mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor")
 
 

@@ -31,6 +31,7 @@ from mixbits.fit.watching import kept
 from mixbits.fit.weights import load_weights_, read_tensors, write_tensors
 from mixbits.graph.quant_graph import QuantGraph, capture
 from mixbits.lower.lower import lower
+from mixbits.lower.untrained import lower_untrained
 from mixbits.methods import method_named
 from mixbits.pack.artifact import read_program, write_program
 from mixbits.quant.quantizer import Frozen
@@ -47,6 +48,7 @@ from mixbits.train.steps import Loop, steps
 from mixbits.train.task import Task, evaluate, task_of
 
 Row = Mapping[str, Any]
+NARROW = 2  # bits at which every accumulator suffices that suffices at any candidates
 SEEN = 64  # samples of each part of the data that a checkpoint remembers
 # What a run that was killed before it wrote its recipe may have left.
 BEGUN = {
@@ -243,6 +245,7 @@ def check(run: Run, *, resume: bool) -> None:
     target = recipe.target()
     _check_machine(run)
     target.choices(run.graph.profile)
+    lower_untrained(run.graph, bits=NARROW)  # raises if there is an operation that cannot be packed
     len(run.task.train)  # raises if the training set cannot be split as asked
     if tuple(run.dataset.input_shape) != run.graph.profile.input_shape:
         raise ValueError("the network does not take the data set's input shape")

@@ -6,6 +6,7 @@ See docs/decisions/0001-capture.md.
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import linecache
 import logging
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn, overrides
+from torch.export import default_decompositions
 from torch.fx.graph import CodeGen
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -30,6 +32,10 @@ from torch.overrides import TorchFunctionMode
 MODAL = (_BatchNorm, _DropoutNd)
 # Classes that hold a network and average its gradients; those of FSDP are imported by whoever uses them.
 WRAPPERS = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"}
+# Operations that are written with others.
+DECOMPOSED: dict[Any, Any] = {
+    torch.ops.aten.einsum.default: default_decompositions()[torch.ops.aten.einsum.default]
+}
 TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 
@@ -61,6 +67,7 @@ def capture_module(model: nn.Module, example: Tensor) -> fx.GraphModule:
     ``train()``/``eval()``; it comes in eval mode.
     """
     refuse_wrapped(model)
+    _refuse_narrow(model)
     model = copy.deepcopy(model).eval()
     if example.shape[0] < 2:
         example = torch.cat([example, example])
@@ -69,6 +76,7 @@ def capture_module(model: nn.Module, example: Tensor) -> fx.GraphModule:
     module = _export(model, example)
     _refuse_frozen_functional(module, model, example)
     _lift_modal_(module, modal)
+    _refuse_random(module.graph)
     _drop_identities_(module.graph)
     _reshape_views_(module.graph)
     module.graph.eliminate_dead_code()
@@ -77,6 +85,15 @@ def capture_module(model: nn.Module, example: Tensor) -> fx.GraphModule:
     _name_nodes_(captured)
     _check_same(model, captured, example)
     return captured
+
+
+def _refuse_narrow(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            raise CaptureError(
+                f"{name}: it is {parameter.dtype}, which is too coarse to train and to pack from; "
+                "call model.float() first"
+            )
 
 
 def _modal_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -115,7 +132,7 @@ def _export(model: nn.Module, example: Tensor) -> fx.GraphModule:
                 program = torch.export.export(
                     model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=strict
                 )
-                return program.run_decompositions({}).module(check_guards=False)
+                return program.run_decompositions(DECOMPOSED).module(check_guards=False)
         except Exception as error:  # torch.export raises many types
             failures.append(error)
     raise CaptureError(_explain(failures[0])) from failures[0]
@@ -127,7 +144,8 @@ def _explain(error: Exception) -> str:
     reason = lines[0] if lines else type(error).__name__
     place = ""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith((TORCH_FOLDER, "<")) and frame.filename != __file__:
+        own = frame.filename.startswith((TORCH_FOLDER, "<")) or frame.filename in (__file__, inspect.__file__)
+        if not own:
             source = (frame.line or linecache.getline(frame.filename, frame.lineno or 0)).strip()
             place = f"\n  {frame.filename}, line {frame.lineno}: {source}"
             break
@@ -135,6 +153,8 @@ def _explain(error: Exception) -> str:
         "Control flow that depends on tensor values cannot be captured: use torch.where or torch.cond, "
         "or move it out of forward()."
         if "data-dependent" in str(error).lower() or "GuardOnDataDependent" in type(error).__name__
+        else "A size in forward() fixes the batch, in a view or an expand perhaps: write -1, or x.shape[0]."
+        if "Constraints violated" in reason
         else "The network must take one float tensor with the batch first, for any batch size, "
         "and be traceable by torch.export."
     )
@@ -158,6 +178,11 @@ def _refuse_frozen_functional(module: fx.GraphModule, model: nn.Module, example:
                 f"{_owner(node) or 'the network'}: functional batch_norm cannot follow train() and eval(); "
                 "use an nn.BatchNorm2d module"
             )
+        if node.op == "call_function" and "instance_norm" in name and node.args[3] is not None:
+            raise CaptureError(
+                f"{_owner(node)}: instance norm with running statistics cannot follow train() and "
+                "eval(); use track_running_stats=False"
+            )
     # A training pass of a copy finds calls under `if self.training` too. Other failures are not capture's.
     training, calls = copy.deepcopy(model).train(), _DropoutCalls()
     with torch.random.fork_rng(devices=[]), torch.no_grad(), suppress(Exception), calls:
@@ -167,6 +192,16 @@ def _refuse_frozen_functional(module: fx.GraphModule, model: nn.Module, example:
             "functional dropout is lost when a network is captured; use an nn.Dropout module"
             + calls.places[0]
         )
+
+
+def _refuse_random(graph: fx.Graph) -> None:
+    """In evaluation nothing may be drawn."""
+    for node in graph.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise CaptureError(
+                f"{address(node)}: it draws random numbers in evaluation too, so no two runs are alike; "
+                "draw them only if self.training"
+            )
 
 
 class _DropoutCalls(TorchFunctionMode):
@@ -270,8 +305,13 @@ def _name_nodes_(captured: fx.GraphModule) -> None:
 
 
 def _check_same(model: nn.Module, captured: fx.GraphModule, example: Tensor) -> None:
-    """The captured network computes what the model computes and has its state-dict keys."""
-    unused = [key for key in model.state_dict() if key not in captured.state_dict()]
+    """The captured network computes what the model computes and has its state-dict keys.
+
+    Of a parameter under several names it has one.
+    """
+    tensors = model.state_dict(keep_vars=True)
+    used = {id(tensors[key]) for key in captured.state_dict() if key in tensors}
+    unused = [key for key, tensor in tensors.items() if id(tensor) not in used]
     if unused:
         raise CaptureError(
             f"forward() does not use {len(unused)} tensors of the state dict in eval mode, the first is "

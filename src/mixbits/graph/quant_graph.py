@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 
 from torch import Tensor, fx, nn
@@ -10,7 +11,7 @@ from torch import Tensor, fx, nn
 from mixbits.core.profile import Profile, unknown_site
 from mixbits.graph.capture import capture_module
 from mixbits.graph.profile import profile_of
-from mixbits.graph.sites import site_nodes
+from mixbits.graph.sites import float_weights, site_nodes
 from mixbits.quant.quantizer import Quantizer
 
 
@@ -82,6 +83,12 @@ def capture(model: nn.Module, example: Tensor) -> QuantGraph:
     ['input', '0.weight', '1/relu', '3.weight']
     """
     module = capture_module(model, example)
+    for product, weight in float_weights(module.graph).items():
+        warnings.warn(
+            f"{product}: {weight!r} stays in float32 and counts in no limit on weights, as no linear layer "
+            "reads it; use nn.Linear or F.linear to have it quantized",
+            stacklevel=2,
+        )
     nodes = {name: node.name for name, node in site_nodes(module.graph).items()}
     return QuantGraph(module, profile_of(module.graph), nodes)
 

@@ -188,6 +188,18 @@ def mac_nodes(graph: fx.Graph) -> list[fx.Node]:
     return found
 
 
+def float_weights(graph: fx.Graph) -> dict[str, str]:
+    """Parameters that matrix products other than linear layers read, which stay float, by the product."""
+    found: dict[str, str] = {}
+    for node in graph.nodes:
+        if node.target not in (aten.matmul.default, aten.mm.default, aten.bmm.default):
+            continue
+        for operand in map(source, (input_node(node, 0), input_node(node, 1))):
+            if operand.op == "get_attr":
+                found[node.meta["address"]] = operand.meta["address"]
+    return found
+
+
 def site_nodes(graph: fx.Graph) -> dict[str, fx.Node]:
     """The node of every site, by name: activations in order of computation, weights after their inputs."""
     sites: dict[str, fx.Node] = {}

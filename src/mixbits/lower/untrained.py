@@ -13,13 +13,13 @@ from mixbits.quant.quantizer import LearnedStep
 ANY_STEP = 0.05
 
 
-def lower_untrained(graph: QuantGraph) -> Program:
-    """A network without quantizers, at 8 bits and any steps: its values mean nothing."""
+def lower_untrained(graph: QuantGraph, *, bits: int = MAX_BITS) -> Program:
+    """A network without quantizers, at one width and any steps: its values mean nothing."""
     network = graph.copy()
     put_(
         network,
         {
-            site.name: LearnedStep(Uniform(MAX_BITS, site.signed), torch.tensor(ANY_STEP), shared_by=1)
+            site.name: LearnedStep(Uniform(bits, site.signed), torch.tensor(ANY_STEP), shared_by=1)
             for site in graph.profile.sites
         },
     )

@@ -51,6 +51,38 @@ def group_norm(builder: Builder, node: fx.Node) -> str:
     )
 
 
+@rule(aten.instance_norm.default)
+def instance_norm(builder: Builder, node: fx.Node) -> str:
+    """Over each channel: as many groups as channels."""
+    call = arguments(node)
+    return builder.emit(
+        "group_norm",
+        node,
+        builder.value(call["input"], node),
+        groups=call["input"].meta["val"].shape[1],
+        weight=builder.parameter(call["weight"], node),
+        bias=builder.parameter(call["bias"], node),
+        eps=call["eps"],
+    )
+
+
+@rule(aten.rms_norm.default)
+def rms_norm(builder: Builder, node: fx.Node) -> str:
+    """Each value over the root of mean of squares + eps, taken over the last dimensions."""
+    call = arguments(node)
+    tensor = call["input"]
+    eps = torch.finfo(torch.float32).eps if call["eps"] is None else call["eps"]
+    dims = list(range(rank(tensor)))[-len(call["normalized_shape"]) :]
+
+    value = builder.value(tensor, node)
+    mean = builder.emit("mean", node, builder.emit("square", node, value), dims=dims, keepdim=True)
+    size = builder.emit("rsqrt", node, builder.emit("add", node, mean, builder.value(eps, node)))
+    value = builder.emit("mul", node, value, size)
+    if call["weight"] is None:
+        return value
+    return builder.emit("mul", node, value, builder.value(call["weight"], node))
+
+
 @rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
 def matmul(builder: Builder, node: fx.Node) -> str:
     """A product of matrices that are both computed: in float."""

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from mixbits.graph.calls import arguments
-from mixbits.lower.builder import Builder, rule, unsupported
+from mixbits.lower.builder import Builder, positive_dims, rule, unsupported
 
 aten = torch.ops.aten
 
@@ -133,6 +133,27 @@ def softplus(builder: Builder, node: fx.Node) -> str:
     call = arguments(node)
     attrs: dict[str, Any] = {key: float(call[key]) for key in ("beta", "threshold")}
     return builder.emit("softplus", node, builder.value(node.args[0], node), **attrs)
+
+
+@rule(aten.log_sigmoid.default)
+def log_sigmoid(builder: Builder, node: fx.Node) -> str:
+    """-log(1 + exp(-x)); above 100 the exponential is nothing."""
+    negative = builder.emit("neg", node, builder.value(node.args[0], node))
+    return builder.emit("neg", node, builder.emit("softplus", node, negative, beta=1.0, threshold=100.0))
+
+
+@rule(aten.glu.default)
+def glu(builder: Builder, node: fx.Node) -> str:
+    """The first half times the sigmoid of the second."""
+    call, tensor = arguments(node), node.args[0]
+    assert isinstance(tensor, fx.Node)
+    (dim,) = positive_dims(call["dim"], tensor)
+    half, value = builder.sizes(node)[dim], builder.value(tensor, node)
+    first, second = (
+        builder.emit("slice", node, value, dim=dim, start=start, stop=start + half, step=1)
+        for start in (0, half)
+    )
+    return builder.emit("mul", node, first, builder.emit("sigmoid", node, second))
 
 
 @rule(aten.prelu.default, aten._prelu_kernel.default)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import fx
 
@@ -61,14 +63,55 @@ def adaptive_avg_pool(builder: Builder, node: fx.Node) -> str:
     )
 
 
-@rule(aten.mean.dim, aten.sum.dim_IntList, aten.amax.default)
+@rule(aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
 def reduce(builder: Builder, node: fx.Node) -> str:
-    """Mean, sum or maximum over dimensions of a sample."""
-    call = arguments(node)
-    tensor = node.args[0]
+    """Mean, sum, maximum or minimum over dimensions of a sample."""
+    value, dims, keepdim = _reduced(builder, node)
+    op = short_name(node.target)
+    if op == "amin":
+        return minimum(builder, node, value, dims=dims, keepdim=keepdim)
+    return builder.emit("max" if op == "amax" else op, node, value, dims=dims, keepdim=keepdim)
+
+
+def _reduced(builder: Builder, node: fx.Node) -> tuple[str, list[int], bool]:
+    """What is reduced, over which dimensions, and whether these stay."""
+    call, tensor = arguments(node), node.args[0]
     assert isinstance(tensor, fx.Node)
     dims = positive_dims(call["dim"], tensor)
     if any(builder.sizes(tensor)[dim] == -1 for dim in dims):
         raise unsupported(node, "the batch dimension", "Reduce over the dimensions of one sample.")
-    op = {"amax": "max"}.get(short_name(node.target), short_name(node.target))
-    return builder.emit(op, node, builder.value(tensor, node), dims=dims, keepdim=bool(call["keepdim"]))
+    return builder.value(tensor, node), dims, bool(call["keepdim"])
+
+
+def minimum(builder: Builder, node: fx.Node, value: str, *, dims: list[int], keepdim: bool) -> str:
+    """The negative of the largest negative."""
+    largest = builder.emit("max", node, builder.emit("neg", node, value), dims=dims, keepdim=keepdim)
+    return builder.emit("neg", node, largest)
+
+
+@rule(aten.var.dim, aten.var.correction, aten.std.dim, aten.std.correction)
+def variance(builder: Builder, node: fx.Node) -> str:
+    """Mean squared distance from the mean, corrected, or its root."""
+    call = arguments(node)
+    value, dims, keepdim = _reduced(builder, node)
+    count = prod(builder.sizes(node.args[0])[dim] for dim in dims)  # type: ignore[arg-type]
+    correction = call["correction"] if "correction" in call else int(call["unbiased"])
+    correction = 1 if correction is None else correction
+    mean = builder.emit("mean", node, value, dims=dims, keepdim=True)
+    squares = builder.emit("square", node, builder.emit("sub", node, value, mean))
+    result = builder.emit("mean", node, squares, dims=dims, keepdim=keepdim)
+    if correction:
+        factor = builder.value(count / (count - correction), node)
+        result = builder.emit("mul", node, result, factor)
+    return builder.emit("sqrt", node, result) if short_name(node.target) == "std" else result
+
+
+@rule(aten.linalg_vector_norm.default)
+def vector_norm(builder: Builder, node: fx.Node) -> str:
+    """The root of the sum of squares."""
+    order = arguments(node)["ord"]
+    if order != 2:
+        raise unsupported(node, f"the order {order}", "Use the Euclidean norm.")
+    value, dims, keepdim = _reduced(builder, node)
+    squares = builder.emit("square", node, value)
+    return builder.emit("sqrt", node, builder.emit("sum", node, squares, dims=dims, keepdim=keepdim))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
 from mixbits.graph.calls import arguments
 from mixbits.lower.builder import RULES, Builder, positive_dims, rank, rule, short_name, unsupported
-from mixbits.lower.rules.pools import max_pool
+from mixbits.lower.rules.pools import max_pool, minimum
 
 aten = torch.ops.aten
 WHOLE_BATCH = "Leave the batch dimension whole."
@@ -118,9 +119,12 @@ def getitem(builder: Builder, node: fx.Node) -> str:
     if index == 0 and name in ("adaptive_max_pool1d", "adaptive_max_pool2d"):
         size = builder.sizes(node)[-1:] if name.endswith("1d") else builder.sizes(node)[-2:]
         return builder.emit("adaptive_max_pool", node, builder.value(tensor, several), size=size)
-    if index == 0 and name == "max":
+    if index == 0 and name in ("max", "min"):
         dims, keep = positive_dims(dim, tensor), bool(arguments(several)["keepdim"])  # type: ignore[arg-type]
-        return builder.emit("max", node, builder.value(tensor, several), dims=dims, keepdim=keep)
+        value = builder.value(tensor, several)
+        if name == "min":
+            return minimum(builder, node, value, dims=dims, keepdim=keep)
+        return builder.emit("max", node, value, dims=dims, keepdim=keep)
     known = sorted({short_name(target) for target in RULES})
     raise ValueError(
         f"{several.meta['address']}: no instruction for result {index} of {name} (have: {', '.join(known)}). "
@@ -163,6 +167,38 @@ def stack(builder: Builder, node: fx.Node) -> str:
         output = f"{node.meta['address']}:part"
         parts.append(_reshaped(builder, node, builder.value(part, node), shape, output=output))
     return builder.emit("cat", node, *parts, dim=dim)
+
+
+@rule(aten.repeat.default, aten.tile.default)
+def repeat(builder: Builder, node: fx.Node) -> str:
+    """Copies one after the other in each dimension."""
+    tensor, given = node.args
+    assert isinstance(tensor, fx.Node) and isinstance(given, list | tuple)
+    counts: list[Any] = [1] * (rank(tensor) - len(given)) + list(given)
+    if len(counts) > rank(tensor) or not all(isinstance(count, int) for count in counts) or counts[0] != 1:
+        raise unsupported(node, f"the counts {counts}", "Repeat the dimensions of one sample.")
+    value = builder.value(tensor, node)
+    for dim, count in enumerate(counts):
+        if count > 1:
+            value = builder.emit("cat", node, *[value] * count, dim=dim)
+    return value
+
+
+@rule(aten.unfold.default)
+def unfold(builder: Builder, node: fx.Node) -> str:
+    """Windows side by side, without overlap: part of a dimension in two, the second of which goes last."""
+    tensor, dim, size, step = node.args
+    assert isinstance(tensor, fx.Node) and isinstance(size, int)
+    (dim,) = positive_dims(dim, tensor)
+    if step != size:
+        raise unsupported(node, f"windows of {size} every {step}", "Use windows that do not overlap.")
+    shape, count = builder.sizes(tensor), builder.sizes(node)[dim]
+    value = builder.value(tensor, node)
+    if count * size < shape[dim]:
+        value = builder.emit("slice", node, value, dim=dim, start=0, stop=count * size, step=1)
+    value = _reshaped(builder, node, value, [*shape[:dim], count, size, *shape[dim + 1 :]])
+    order = [place for place in range(len(shape) + 1) if place != dim + 1]
+    return builder.emit("permute", node, value, dims=[*order, dim + 1])
 
 
 @rule(aten.roll.default)
@@ -246,34 +282,37 @@ def shuffle(builder: Builder, node: fx.Node) -> str:
     aten.upsample_nearest2d.default,
 )
 def upsample_nearest(builder: Builder, node: fx.Node) -> str:
-    """Each output element from ``floor(i * size_in / size_out)``; other scales are refused."""
-    tensor, size = _upsampled(builder, node)
+    """Each output element from ``floor(i * size_in / size_out)``, where torch's float32 says so too."""
+    tensor, was, size, scales = _upsampled(builder, node)
+    for a, b, scale in zip(was, size, scales, strict=True):
+        factor = np.float32(a) / np.float32(b) if scale is None else np.float32(1 / scale)
+        places = np.arange(b)
+        if (np.floor(places.astype(np.float32) * factor) != places * a // b).any():
+            raise unsupported(
+                node, f"sizes {was} to {size}", "Give the size instead of the scale, or another."
+            )
     return builder.emit("upsample_nearest", node, builder.value(tensor, node), size=size)
 
 
 @rule(aten.upsample_bilinear2d.vec, aten.upsample_bilinear2d.default)
 def upsample_bilinear(builder: Builder, node: fx.Node) -> str:
     """Bilinear, corners aligned or not."""
-    tensor, size = _upsampled(builder, node)
+    tensor, was, size, scales = _upsampled(builder, node)
+    if any(scale is not None and a * scale != b for a, b, scale in zip(was, size, scales, strict=True)):
+        raise unsupported(node, f"sizes {was} to {size}", "Give the size instead of the scale.")
     corners = bool(arguments(node)["align_corners"])
     return builder.emit(
         "upsample_bilinear", node, builder.value(tensor, node), size=size, align_corners=corners
     )
 
 
-def _upsampled(builder: Builder, node: fx.Node) -> tuple[fx.Node, list[int]]:
-    """The input and the output's sizes, once it is sure that the scale is the ratio of the sizes."""
+def _upsampled(builder: Builder, node: fx.Node) -> tuple[fx.Node, list[int], list[int], list[float | None]]:
+    """The input, its sizes, the output's, and the scales that were given."""
     call, tensor = arguments(node), node.args[0]
     assert isinstance(tensor, fx.Node)
     dims = 1 if "1d" in str(node.target) else 2
-    was, size = builder.sizes(tensor)[-dims:], builder.sizes(node)[-dims:]
     scales = call.get("scale_factors") or [
         call.get(key) for key in ("scales", "scales_h", "scales_w") if key in call
     ]
-    fits = all(s is None or a * s == b for s, a, b in zip(scales or [None] * dims, was, size, strict=True))
-    whole = all(b % a == 0 or a % b == 0 for a, b in zip(was, size, strict=True))
-    if not fits or ("nearest" in str(node.target) and not whole):
-        raise unsupported(
-            node, f"sizes {was} to {size}", "Use a scale that is a whole number, or one over it."
-        )
-    return tensor, size
+    sizes = builder.sizes(tensor)[-dims:], builder.sizes(node)[-dims:]
+    return tensor, *sizes, list(scales or [None] * dims)
