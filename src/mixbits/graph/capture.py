@@ -28,6 +28,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
+from mixbits.graph.calls import arguments
+
 # Modules that behave differently in training: kept as modules, everything else becomes aten operations.
 MODAL = (_BatchNorm, _DropoutNd)
 # Classes that hold a network and average its gradients; those of FSDP are imported by whoever uses them.
@@ -197,7 +199,8 @@ def _refuse_frozen_functional(module: fx.GraphModule, model: nn.Module, example:
 def _refuse_random(graph: fx.Graph) -> None:
     """In evaluation nothing may be drawn."""
     for node in graph.nodes:
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if random and arguments(node).get("dropout_p") != 0:  # attention draws for its dropout alone
             raise CaptureError(
                 f"{address(node)}: it draws random numbers in evaluation too, so no two runs are alike; "
                 "draw them only if self.training"
