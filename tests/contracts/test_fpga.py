@@ -12,7 +12,7 @@ from torch import nn
 
 from mixbits.core.grid import Uniform
 from mixbits.export import qonnx
-from mixbits.export.qonnx import power_of_two_steps
+from mixbits.export.power_of_two import power_of_two_steps
 from mixbits.graph.quant_graph import QuantGraph, capture, put_
 from mixbits.lower import lower
 from mixbits.quant.observe import Recorder, mse_step

@@ -12,13 +12,13 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from numpy.typing import NDArray
 
 from mixbits.core.grid import Codebook, Grid, Uniform, grid_from_json
 from mixbits.core.program import Instruction, Program
 from mixbits.export.onnx_graph import Exported, OnnxGraph
 from mixbits.export.operations import Call, operation
+from mixbits.export.power_of_two import power_of_two_steps
 from mixbits.export.quantizing import (
     code_origins,
     codebook_codes,
@@ -27,8 +27,7 @@ from mixbits.export.quantizing import (
     steps_of,
     weight_steps,
 )
-from mixbits.graph.quant_graph import QuantGraph, put_
-from mixbits.quant.quantizer import LearnedStep, Quantizer
+from mixbits.graph.quant_graph import QuantGraph
 from mixbits.runtime.values import weight_levels
 
 DOMAIN = "qonnx.custom_op.general"
@@ -66,25 +65,6 @@ def qonnx(
                     "Export from the network (a run's folder) instead of the program."
                 )
     return _Exporter(program, power_of_two, node, batch).export()
-
-
-def power_of_two_steps(graph: QuantGraph) -> QuantGraph:
-    """A copy whose every step is the nearest power of two (by ratio); weights round to their new levels.
-
-    Steps of a weight are per channel where they were.
-    """
-    rounded, placed = graph.copy(), dict[str, Quantizer]()
-    for name, quantizer in graph.quantizers.items():
-        with torch.no_grad():
-            frozen = quantizer.freeze()
-        step = torch.exp2(torch.log2(frozen.step).round())
-        site = graph.profile.site(name)
-        if step.dim():
-            step = step.reshape(-1, *(1,) * (len(site.shape) - 1))
-        placed[name] = LearnedStep(frozen.grid, step, shared_by=site.elements)
-    put_(rounded, placed)
-    rounded.module.eval()
-    return rounded
 
 
 class _Exporter:
