@@ -11,6 +11,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mixbits.core.infer import accumulator_bound
+from mixbits.core.program import Program
+from mixbits.export.quantizing import program_of, steps_of
 from mixbits.graph.calls import arguments
 from mixbits.graph.fold import batch_norm_affine, folded_batch_norm
 from mixbits.graph.quant_graph import QuantGraph, put_
@@ -56,6 +58,21 @@ def power_of_two_steps(graph: QuantGraph) -> QuantGraph:
             _round_bias_(layer, steps[weight] * steps[x], bound)
     rounded.module.eval()
     return rounded
+
+
+def power_of_two_program(network: QuantGraph | Program) -> Program:
+    """The program of :func:`power_of_two_steps`, or a program whose steps are powers of two already.
+
+    Raises ``ValueError`` naming the site of another step.
+    """
+    program = program_of(power_of_two_steps(network) if isinstance(network, QuantGraph) else network)
+    for name, step in steps_of(program).items():
+        if np.frexp(step)[0] != 0.5:
+            raise ValueError(
+                f"{name}: its step {step} is no power of two, and a packed program's cannot be changed. "
+                "Export from the network (a run's folder) instead of the program."
+            )
+    return program
 
 
 def _sites(graph: QuantGraph, layer: fx.Node) -> tuple[str, str]:

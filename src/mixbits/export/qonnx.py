@@ -18,7 +18,7 @@ from mixbits.core.grid import Codebook, Grid, Uniform, grid_from_json
 from mixbits.core.program import Instruction, Program
 from mixbits.export.onnx_graph import Exported, OnnxGraph
 from mixbits.export.operations import Call, operation
-from mixbits.export.power_of_two import power_of_two_steps
+from mixbits.export.power_of_two import power_of_two_program
 from mixbits.export.quantizing import (
     code_origins,
     codebook_codes,
@@ -47,23 +47,14 @@ def qonnx(
     """The QONNX model of a network with a quantizer on every site, or of its program.
 
     ``power_of_two``: every quantizer's scale is a power of two, for hardware that shifts. Steps of a
-    ``QuantGraph`` are rounded to the nearest one (see :func:`power_of_two_steps`: another network, to be
-    measured again); what batch norm multiplies by stays a ``Mul`` behind the layer. ``node`` is the name of
-    the quantizer node, ``Quant`` in files of before 2025. ``batch`` is fixed, as those tools want it. Raises
-    ``ValueError`` naming the site or layer that cannot be exported.
+    ``QuantGraph`` are rounded to the nearest one (see ``power_of_two_steps``: another network, to be measured
+    again); what else a layer multiplies by stays a ``Mul`` behind it. ``node`` is the name of the quantizer
+    node, ``Quant`` in files of before 2025. ``batch`` is fixed, as those tools want it. Raises ``ValueError``
+    naming the site or layer that cannot be exported.
     """
     if node not in get_args(NodeName) or batch < 1:
         raise ValueError(f"no such model: node {node!r} (IntQuant or Quant), batch {batch} (from 1)")
-    if power_of_two and isinstance(network, QuantGraph):
-        network = power_of_two_steps(network)
-    program = program_of(network)
-    if power_of_two:
-        for name, step in steps_of(program).items():
-            if np.frexp(step)[0] != 0.5:
-                raise ValueError(
-                    f"{name}: its step {step} is no power of two, and a packed program's cannot be changed. "
-                    "Export from the network (a run's folder) instead of the program."
-                )
+    program = power_of_two_program(network) if power_of_two else program_of(network)
     return _Exporter(program, power_of_two, node, batch).export()
 
 
