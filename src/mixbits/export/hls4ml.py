@@ -145,10 +145,11 @@ class _Exporter:
         if isinstance(grid, Codebook):
             raise _refused(step, "hls4ml has no codebooks", "Use uniform grids for activations.")
         if grid.form == "bipolar":
-            # Levels are odd, one step beside those of twice the step; mirrored, so that 0 goes down.
-            codes = self._merged("Sub", self._fixed(-size), x)
-            codes = self._quant(codes.ir, 2 * size, Width(grid.bits, signed=True))
-            y = self._op("Sub", self._fixed(-size).ir, codes)
+            # Levels are odd: 2 q - (2**bits - 1) steps, and q is even at a tie.
+            aside = size * grid.level_max
+            q = self._merged("Add", self._fixed(aside), x)
+            q = self._quant(q.ir, 2 * size, Width(grid.bits, signed=False))
+            y = self._op("Add", self._fixed(-aside).ir, q)
         else:
             y = self._quant(x.ir, size, Width(grid.bits, grid.signed, grid.form == "narrow"))
         return _Value(y, size, size * largest_level(grid), x.maps)
@@ -302,7 +303,7 @@ class _Exporter:
         return self._merged(step.op.capitalize(), a, b)
 
     def _merged(self, kind: str, a: _Value, b: _Value) -> _Value:
-        """``Add`` or ``Sub`` of two values, of which hls4ml 1.3 takes a constant right only as ``a``, once."""
+        """``Add`` or ``Sub`` of two values, where hls4ml 1.3 takes a constant right only as ``a``."""
         return _Value(
             self._op(kind, a.ir, b.ir), min(a.unit, b.unit), a.largest + b.largest, a.maps or b.maps
         )
@@ -354,8 +355,8 @@ class _Exporter:
             )
         if self.inexact:
             yield (
-                f"{len(self.inexact)} operations (first {self.inexact[0]}) multiply by what is no power of two: "
-                "a value halfway between two codes may become the other one, as float32 is rounded"
+                f"{len(self.inexact)} operations (first {self.inexact[0]}) multiply by what is no power of "
+                "two: a value halfway between two codes may become the other one, as float32 is rounded"
             )
 
 
