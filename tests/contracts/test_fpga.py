@@ -52,7 +52,7 @@ def residual() -> nn.Module:
     def forward(self, x):
         x = self.stem(x)
         x = torch.relu(self.same(x) + x)
-        x = torch.relu(self.half(x) + self.shortcut(x))
+        x = torch.relu(self.down(x) + self.shortcut(x))
         return self.head(x.mean((2, 3)))
 
     def branch(c_in: int, c_out: int, stride: int) -> nn.Sequential:
@@ -63,7 +63,7 @@ def residual() -> nn.Module:
         forward,
         stem=block(3, 4, stride=2, padding=1),
         same=branch(4, 4, 1),
-        half=branch(4, 6, 2),
+        down=branch(4, 6, 2),
         shortcut=nn.Sequential(nn.Conv2d(4, 6, 1, stride=2, bias=False), nn.BatchNorm2d(6)),
         head=nn.Linear(6, 5),
     )
