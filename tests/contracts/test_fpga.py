@@ -108,7 +108,6 @@ def narrow(grid: Grid) -> Grid:
 NETWORKS = {
     "perceptron": (perceptron, (16,), None, "io_parallel"),
     "strided": (strided, (3, 8, 8), None, "io_parallel"),
-    "strided, streamed": (strided, (3, 8, 8), bipolar, "io_stream"),
     "residual": (residual, (3, 16, 16), None, "io_stream"),
     "separable": (separable, (3, 8, 8), narrow, "io_parallel"),
     "branches": (branches, (3, 6, 6), bipolar, "io_parallel"),
@@ -120,7 +119,9 @@ def quantized(
 ) -> QuantGraph:
     """Random batch norms, widths of 2 to 8 bits, a power-of-two step an activation and a channel."""
     for module in network.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
             for parameter, low, high in (
                 (module.running_var, 0.3, 2),
                 (module.weight, -1, 2),
