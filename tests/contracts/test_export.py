@@ -21,7 +21,7 @@ from mixbits.core.program import Instruction, PackedWeight, Program
 from mixbits.export import Exported, onnx_qdq, qonnx
 from mixbits.export.onnx_qdq import LAYERS
 from mixbits.export.operations import MOVES, ON_FLOATS, operation
-from mixbits.export.qonnx import power_of_two_steps
+from mixbits.export.power_of_two import power_of_two_steps
 from mixbits.lower import lower
 from mixbits.pack.bits import pack
 from mixbits.runtime import Executor

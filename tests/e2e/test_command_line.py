@@ -437,6 +437,13 @@ def test_export_for_fpga_tools(finished: Path, tmp_path: Path, capsys: pytest.Ca
     assert {"IntQuant"} == {n.op_type for n in onnx.load(out).graph.node if n.domain.startswith("qonnx")}
 
 
+def test_export_for_hls4ml(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "model.onnx"
+    assert main(["export", str(finished), "--to", "hls4ml", "--out", str(out)]) == 0
+    assert "channels last" in capsys.readouterr().out
+    assert {"Quant", "Conv"} <= {node.op_type for node in onnx.load(out).graph.node}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -19,8 +19,9 @@ class Export:
     """Write a trained, packed network as a file of another ecosystem, and say what runs it how."""
 
     model: tyro.conf.Positional[Path]  # folder of a run, or a .mixbits file
-    # onnx: QuantizeLinear and DequantizeLinear; qonnx: for FPGA tools; torchao: widths of weights, JSON
-    to: Literal["onnx", "qonnx", "torchao"]
+    # onnx: QuantizeLinear and DequantizeLinear; qonnx: for FPGA tools; hls4ml: the same in the form
+    # that it reads, which changes the network; torchao: widths of weights, JSON
+    to: Literal["onnx", "qonnx", "hls4ml", "torchao"]
     out: Path  # the file to write
     runtime: Annotated[Literal["any", "onnxruntime"], tyro.conf.arg(name="for")] = (
         "any"  # onnx: onnxruntime takes the types that it runs fast
@@ -34,7 +35,12 @@ class Export:
 def main(arguments: list[str]) -> None:
     """Read, export, write; print the size and the notes."""
     chosen = tyro.cli(Export, prog="mixbits export", args=arguments)
-    from mixbits.export import onnx_qdq, qonnx, torchao  # here, so that --help works without the extra
+    from mixbits.export import (
+        hls4ml,
+        onnx_qdq,
+        qonnx,
+        torchao,
+    )  # here, so that --help works without the extra
 
     if chosen.to != "qonnx" and (chosen.power_of_two or chosen.node != "IntQuant" or chosen.batch != 1):
         raise ValueError("--power-of-two, --node and --batch are for --to qonnx")
@@ -45,9 +51,13 @@ def main(arguments: list[str]) -> None:
     elif chosen.to == "torchao":
         exported = torchao(_program(chosen.model))
     else:
-        from_run = chosen.power_of_two and chosen.model.is_dir()
-        network = network_of(chosen.model) if from_run else _program(chosen.model)
-        exported = qonnx(network, power_of_two=chosen.power_of_two, node=chosen.node, batch=chosen.batch)
+        rounded = (chosen.power_of_two or chosen.to == "hls4ml") and chosen.model.is_dir()
+        network = network_of(chosen.model) if rounded else _program(chosen.model)
+        exported = (
+            hls4ml(network)
+            if chosen.to == "hls4ml"
+            else qonnx(network, power_of_two=chosen.power_of_two, node=chosen.node, batch=chosen.batch)
+        )
     size = exported.write(chosen.out)
     sys.stdout.write(f"{chosen.out}: {size} bytes\n" + "".join(f"- {note}\n" for note in exported.notes))
 

@@ -10,9 +10,11 @@ except ImportError as error:
         "Install the extra: pip install 'mixbits[onnx]'"
     ) from error
 
+from mixbits.export.hls4ml import hls4ml
 from mixbits.export.onnx_graph import Exported
 from mixbits.export.onnx_qdq import onnx_qdq
+from mixbits.export.power_of_two import power_of_two_steps
 from mixbits.export.qonnx import qonnx
 from mixbits.export.torchao import TorchaoConfig, torchao
 
-__all__ = ["Exported", "TorchaoConfig", "onnx_qdq", "qonnx", "torchao"]
+__all__ = ["Exported", "TorchaoConfig", "hls4ml", "onnx_qdq", "power_of_two_steps", "qonnx", "torchao"]

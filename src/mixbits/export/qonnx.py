@@ -12,13 +12,13 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from numpy.typing import NDArray
 
 from mixbits.core.grid import Codebook, Grid, Uniform, grid_from_json
 from mixbits.core.program import Instruction, Program
 from mixbits.export.onnx_graph import Exported, OnnxGraph
 from mixbits.export.operations import Call, operation
+from mixbits.export.power_of_two import power_of_two_program
 from mixbits.export.quantizing import (
     code_origins,
     codebook_codes,
@@ -27,8 +27,7 @@ from mixbits.export.quantizing import (
     steps_of,
     weight_steps,
 )
-from mixbits.graph.quant_graph import QuantGraph, put_
-from mixbits.quant.quantizer import LearnedStep, Quantizer
+from mixbits.graph.quant_graph import QuantGraph
 from mixbits.runtime.values import weight_levels
 
 DOMAIN = "qonnx.custom_op.general"
@@ -48,43 +47,15 @@ def qonnx(
     """The QONNX model of a network with a quantizer on every site, or of its program.
 
     ``power_of_two``: every quantizer's scale is a power of two, for hardware that shifts. Steps of a
-    ``QuantGraph`` are rounded to the nearest one (see :func:`power_of_two_steps`: another network, to be
-    measured again); what batch norm multiplies by stays a ``Mul`` behind the layer. ``node`` is the name of
-    the quantizer node, ``Quant`` in files of before 2025. ``batch`` is fixed, as those tools want it. Raises
-    ``ValueError`` naming the site or layer that cannot be exported.
+    ``QuantGraph`` are rounded to the nearest one (see ``power_of_two_steps``: another network, to be measured
+    again); what else a layer multiplies by stays a ``Mul`` behind it. ``node`` is the name of the quantizer
+    node, ``Quant`` in files of before 2025. ``batch`` is fixed, as those tools want it. Raises ``ValueError``
+    naming the site or layer that cannot be exported.
     """
     if node not in get_args(NodeName) or batch < 1:
         raise ValueError(f"no such model: node {node!r} (IntQuant or Quant), batch {batch} (from 1)")
-    if power_of_two and isinstance(network, QuantGraph):
-        network = power_of_two_steps(network)
-    program = program_of(network)
-    if power_of_two:
-        for name, step in steps_of(program).items():
-            if np.frexp(step)[0] != 0.5:
-                raise ValueError(
-                    f"{name}: its step {step} is no power of two, and a packed program's cannot be changed. "
-                    "Export from the network (a run's folder) instead of the program."
-                )
+    program = power_of_two_program(network) if power_of_two else program_of(network)
     return _Exporter(program, power_of_two, node, batch).export()
-
-
-def power_of_two_steps(graph: QuantGraph) -> QuantGraph:
-    """A copy whose every step is the nearest power of two (by ratio); weights round to their new levels.
-
-    Steps of a weight are per channel where they were.
-    """
-    rounded, placed = graph.copy(), dict[str, Quantizer]()
-    for name, quantizer in graph.quantizers.items():
-        with torch.no_grad():
-            frozen = quantizer.freeze()
-        step = torch.exp2(torch.log2(frozen.step).round())
-        site = graph.profile.site(name)
-        if step.dim():
-            step = step.reshape(-1, *(1,) * (len(site.shape) - 1))
-        placed[name] = LearnedStep(frozen.grid, step, shared_by=site.elements)
-    put_(rounded, placed)
-    rounded.module.eval()
-    return rounded
 
 
 class _Exporter:
