@@ -517,3 +517,22 @@ def test_nothing_is_printed_while_a_capture_fails(capfd):
         capture(Refused(depends_on_values), torch.zeros(2, 1, 8, 8))
 
     assert capfd.readouterr() == ("", "")
+
+
+class DropsPaths(nn.Module):
+    """A residual branch that is left out at random in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch, self.dropout = nn.Linear(4, 4), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.dropout(self.branch(x))
+        return x + y * torch.bernoulli(torch.full((len(x), 1), 0.5)) if self.training else x + y
+
+
+def test_what_happens_in_training_alone_is_said_to_be_lost():
+    with pytest.warns(UserWarning, match=r"^1: its forward reads self\.training") as said:
+        capture(nn.Sequential(nn.Linear(4, 4), DropsPaths()), torch.zeros(2, 4))
+
+    assert len(said) == 1

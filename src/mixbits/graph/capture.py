@@ -89,6 +89,16 @@ def capture_module(model: nn.Module, example: Tensor) -> fx.GraphModule:
     return captured
 
 
+def reading_training(model: nn.Module) -> list[str]:
+    """Modules that are not torch's own and whose ``forward`` reads ``self.training``."""
+    return [
+        path or "the network"
+        for path, child in model.named_modules()
+        if not type(child).__module__.startswith("torch.")
+        and "training" in getattr(getattr(type(child).forward, "__code__", None), "co_names", ())
+    ]
+
+
 def _refuse_narrow(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor, fx, nn
 
 from mixbits.core.profile import Profile, unknown_site
-from mixbits.graph.capture import capture_module
+from mixbits.graph.capture import capture_module, reading_training
 from mixbits.graph.profile import profile_of
 from mixbits.graph.sites import float_weights, site_nodes
 from mixbits.quant.quantizer import Quantizer
@@ -87,6 +87,12 @@ def capture(model: nn.Module, example: Tensor) -> QuantGraph:
         warnings.warn(
             f"{product}: {weight!r} stays in float32 and counts in no limit on weights, as no linear layer "
             "reads it; use nn.Linear or F.linear to have it quantized",
+            stacklevel=2,
+        )
+    for place in reading_training(model):
+        warnings.warn(
+            f"{place}: its forward reads self.training, and what it does in training alone is lost: the "
+            "network is captured as it is in evaluation, but for dropout and batch-norm modules",
             stacklevel=2,
         )
     nodes = {name: node.name for name, node in site_nodes(module.graph).items()}
