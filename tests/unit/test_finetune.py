@@ -430,3 +430,23 @@ def test_gradients_are_the_same_where_operations_quantize_again_in_the_backward_
 def test_a_change_in_place_of_what_the_backward_pass_needs_is_an_error(inputs_only):
     with pytest.raises(RuntimeError, match=r"in.?place"):
         convolution_of_quantized(inputs_only=inputs_only, change=True)
+
+
+# Dynamo makes an instance of every autograd function that it meets.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("bits", [1, 2, 4, 5])
+def test_a_codebook_has_the_same_values_and_gradients_compiled(bits):
+    levels = tuple(range(-(2**bits), 2**bits, 2))
+    grid = Codebook(bits, levels, tuple(level + 0.75 for level in levels[:-1]))
+    edges = torch.tensor(grid.edges)
+    x = torch.cat([edges, torch.nextafter(edges, torch.tensor(-1e9)), torch.tensor([-1e9, 1e9])])
+    found = []
+    for transform in (lambda f: f, lambda f: torch.compile(f, backend="aot_eager", fullgraph=True)):
+        torch._dynamo.reset()
+        values, step = x.clone().requires_grad_(), torch.tensor(1.0, requires_grad=True)
+        out = transform(lambda values, step: fake_quantize(values, step, grid))(values, step)
+        (out * torch.arange(1.0, len(x) + 1)).sum().backward()
+        found.append((out, values.grad, step.grad))
+
+    for eager, compiled in zip(*found, strict=True):
+        assert torch.equal(eager, compiled)

@@ -12,6 +12,7 @@ from mixbits.core.grid import Codebook, Grid, Uniform
 
 hardtanh_backward = torch.ops.aten.hardtanh_backward
 SMALLEST = torch.finfo(torch.float32).tiny
+COMPARED_EDGES = 15  # of a codebook: compiled, comparing with so many is faster than searching them
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -123,6 +124,12 @@ def clip(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
 def nearest_level(ratio: Tensor, grid: Grid) -> Tensor:
     """Level of ``grid`` that ``ratio`` (value / step) belongs to, as float; no gradient of its own."""
     if isinstance(grid, Codebook):
+        if torch.compiler.is_compiling() and len(grid.edges) <= COMPARED_EDGES:
+            ratio = ratio.detach()
+            level = torch.full_like(ratio, grid.levels[0])
+            for edge, above in zip(grid.edges, grid.levels[1:], strict=True):
+                level = torch.where(ratio >= edge, float(above), level)
+            return level
         # One dimension has one layout: compiled, a copy of more would be laid out like the tensor again.
         codes = torch.bucketize(ratio.detach().reshape(-1), ratio.new_tensor(grid.edges), right=True)
         return ratio.new_tensor(grid.levels)[codes].reshape(ratio.shape)
