@@ -115,13 +115,17 @@ std::size_t LayerStep::kept_bytes() const {
 
 bool LayerStep::run(const Frame& frame) const {
   int rows = strip_rows(), channels = outputs();
-  if (images * ceil_div(conv.out_h, rows) < frame.parts) {
-    // Too few strips for the threads. They split the channels where weights are what is read most, and each
-    // makes the kernel's preparations itself; else the rows.
+  const std::int64_t all = images * ceil_div(conv.out_h, rows);
+  const bool few = all < frame.parts;
+  if (few || ceil_div(all, frame.parts) * rows * frame.parts > images * conv.out_h) {
+    // Strips too few for the threads, or shared unevenly. They split the channels where weights are what is
+    // read most, and each makes the kernel's preparations itself; else the rows.
     const auto map_bytes = static_cast<std::size_t>(conv.in_h) * conv.row_bytes();
-    if (conv.groups == 1 && outputs() >= frame.parts * kChannelBlock && weights.size() > map_bytes) {
+    const int block = frame.parts * kChannelBlock;
+    if (conv.groups == 1 && weights.size() > map_bytes &&
+        (few ? outputs() >= block : outputs() % block == 0)) {
       channels = round_up(static_cast<int>(ceil_div(outputs(), frame.parts)), kChannelBlock);
-    } else {
+    } else if (few) {
       rows = std::min(rows, round_up(static_cast<int>(ceil_div(conv.out_h, frame.parts)), kernel->rows_step));
     }
   }
@@ -136,9 +140,10 @@ bool LayerStep::run(const Frame& frame) const {
   bool numbers = true;
   const std::int64_t jobs = images * strips * blocks;
   for (std::int64_t job = frame.begin(jobs); job < frame.end(jobs); ++job) {
-    const auto o0 = static_cast<int>(job % blocks) * channels;
-    const auto y0 = static_cast<int>(job / blocks % strips) * rows;
-    numbers &= run_job(frame, job / blocks / strips, y0, std::min(y0 + rows, conv.out_h), o0,
+    // A thread has the same channels, and so weights, for as long as it can.
+    const auto o0 = static_cast<int>(job / strips / images) * channels;
+    const auto y0 = static_cast<int>(job % strips) * rows;
+    numbers &= run_job(frame, job / strips % images, y0, std::min(y0 + rows, conv.out_h), o0,
                        std::min(o0 + channels, outputs()));
   }
   return numbers;
