@@ -35,12 +35,8 @@ class Export:
 def main(arguments: list[str]) -> None:
     """Read, export, write; print the size and the notes."""
     chosen = tyro.cli(Export, prog="mixbits export", args=arguments)
-    from mixbits.export import (
-        hls4ml,
-        onnx_qdq,
-        qonnx,
-        torchao,
-    )  # here, so that --help works without the extra
+    # Here, so that --help works without the extra.
+    from mixbits.export import hls4ml, onnx_qdq, qonnx, torchao
 
     if chosen.to != "qonnx" and (chosen.power_of_two or chosen.node != "IntQuant" or chosen.batch != 1):
         raise ValueError("--power-of-two, --node and --batch are for --to qonnx")
@@ -53,11 +49,10 @@ def main(arguments: list[str]) -> None:
     else:
         rounded = (chosen.power_of_two or chosen.to == "hls4ml") and chosen.model.is_dir()
         network = network_of(chosen.model) if rounded else _program(chosen.model)
-        exported = (
-            hls4ml(network)
-            if chosen.to == "hls4ml"
-            else qonnx(network, power_of_two=chosen.power_of_two, node=chosen.node, batch=chosen.batch)
-        )
+        if chosen.to == "hls4ml":
+            exported = hls4ml(network)
+        else:
+            exported = qonnx(network, power_of_two=chosen.power_of_two, node=chosen.node, batch=chosen.batch)
     size = exported.write(chosen.out)
     sys.stdout.write(f"{chosen.out}: {size} bytes\n" + "".join(f"- {note}\n" for note in exported.notes))
 

@@ -36,30 +36,16 @@ def layer_norm(builder: Builder, node: fx.Node) -> str:
     )
 
 
-@rule(aten.group_norm.default)
+@rule(aten.group_norm.default, aten.instance_norm.default)
 def group_norm(builder: Builder, node: fx.Node) -> str:
-    """Over groups of channels."""
+    """Over groups of channels; of an instance norm each channel is one."""
     call = arguments(node)
+    groups = call["num_groups"] if "num_groups" in call else call["input"].meta["val"].shape[1]
     return builder.emit(
         "group_norm",
         node,
         builder.value(call["input"], node),
-        groups=call["num_groups"],
-        weight=builder.parameter(call["weight"], node),
-        bias=builder.parameter(call["bias"], node),
-        eps=call["eps"],
-    )
-
-
-@rule(aten.instance_norm.default)
-def instance_norm(builder: Builder, node: fx.Node) -> str:
-    """Over each channel: as many groups as channels."""
-    call = arguments(node)
-    return builder.emit(
-        "group_norm",
-        node,
-        builder.value(call["input"], node),
-        groups=call["input"].meta["val"].shape[1],
+        groups=groups,
         weight=builder.parameter(call["weight"], node),
         bias=builder.parameter(call["bias"], node),
         eps=call["eps"],

@@ -92,9 +92,10 @@ def minimum(builder: Builder, node: fx.Node, value: str, *, dims: list[int], kee
 @rule(aten.var.dim, aten.var.correction, aten.std.dim, aten.std.correction)
 def variance(builder: Builder, node: fx.Node) -> str:
     """Mean squared distance from the mean, corrected, or its root."""
-    call = arguments(node)
+    call, tensor = arguments(node), node.args[0]
+    assert isinstance(tensor, fx.Node)
     value, dims, keepdim = _reduced(builder, node)
-    count = prod(builder.sizes(node.args[0])[dim] for dim in dims)  # type: ignore[arg-type]
+    count = prod(builder.sizes(tensor)[dim] for dim in dims)
     correction = call["correction"] if "correction" in call else int(call["unbiased"])
     correction = 1 if correction is None else correction
     mean = builder.emit("mean", node, value, dims=dims, keepdim=True)
