@@ -84,7 +84,7 @@ def network(row: str, batch: int) -> QuantGraph:
     elif row != "float":
         widths = CANDIDATES[row.removeprefix("autograd, ")]
         target = mixbits.Target(mixbits.parse_budget("weights=8bit"), widths, widths)
-        EBS()._place_(graph, task, target, PLAIN_LOOP)
+        EBS()._place_(graph, task.train, target, PLAIN_LOOP.device)
     if row.startswith("autograd"):
         ordinary = {
             site: OrdinaryMixture(q) for site, q in graph.quantizers.items() if isinstance(q, Mixture)

@@ -76,6 +76,7 @@ def learned(name: str, loop: Callable[[str], Loop]) -> dict[str, Any]:
 
 def in_a_loop(name: str, accelerator: Accelerator | None = None) -> dict[str, Any]:
     """The recipe of docs/trainers.md, with every update on the same samples however many processes."""
+    torch.default_generator.manual_seed(1)
     count = accelerator.num_processes if accelerator else 1
     method = replace(method_named(name)(), **{"epochs": EPOCHS, **METHODS[name]})
     training = begin_learning(method, GRAPH, WHOLE[0], TARGET, updates=4 * EPOCHS)
@@ -207,6 +208,7 @@ def main(what: str, folder: Path) -> None:
         **{name: learned(name, lambda stage: Loop(stage, processes=processes)) for name in METHODS},
         "a loop with mpdnn": in_a_loop("mpdnn", accelerator),
         "a loop with ddq": in_a_loop("ddq", accelerator),
+        "a loop with ebs": in_a_loop("ebs", accelerator),
         "normalized": normalized(processes),
         "refused": refused(processes),
     }

@@ -22,6 +22,7 @@ _PUBLIC = {
     "begin_learning": "mixbits.train.method",
     "make_task": "mixbits.train.task",
     "Task": "mixbits.train.task",
+    "AlternateHalves": "mixbits.train.task",
     "evaluate": "mixbits.train.task",
     "Finetune": "mixbits.train.finetune",
     "finetune": "mixbits.train.finetune",

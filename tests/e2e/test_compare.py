@@ -161,10 +161,17 @@ def uninterrupted(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
-def test_a_sweep_has_a_policy_for_every_point(recipe: Path, tmp_path: Path) -> None:
+def test_a_sweep_has_a_policy_for_every_point_and_those_who_watch_see_it(
+    recipe: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "sweep"
-    points = ["--budgets", "weights=2bit..4bit:2,act=4bit"]
+    points = ["--budgets", "weights=2bit..4bit:2,act=4bit", "--watch", "tensorboard"]
     assert main(["sweep", str(recipe), "--method", "uniform", *points, "--out", str(out)]) == 0
+    watched = {path.relative_to(out).parts[:-1] for path in out.rglob("events.out.tfevents.*")}
+    assert watched - {("float", "seed0", "tensorboard", "float")} == {
+        ("uniform", budget, "seed0", "tensorboard", "finetune")
+        for budget in ("weights=2bit,act=4bit", "weights=4bit,act=4bit")
+    }
     swept = json.loads((out / "sweep.json").read_text())
     assert swept["budgets"] == ["weights=2bit,act=4bit", "weights=4bit,act=4bit"]
     assert [method["method"] for method in swept["methods"]] == ["uniform"]

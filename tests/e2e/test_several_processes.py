@@ -79,7 +79,7 @@ def test_both_processes_end_with_the_same_bits(two, method):
     assert second["held out"] == []  # only the main process tells
 
 
-@pytest.mark.parametrize("method", ["mpdnn", "ddq"])
+@pytest.mark.parametrize("method", ["mpdnn", "ddq", "ebs"])
 def test_a_loop_of_the_users_on_accelerate_learns_what_one_process_learns(two, method):
     alone = in_a_loop(method)
 

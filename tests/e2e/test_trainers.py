@@ -80,7 +80,7 @@ each_training = pytest.mark.parametrize(
         pytest.param(lambda: learned("mpdnn"), id="mpdnn"),
         *(
             pytest.param(lambda name=name: learned(name), id=name, marks=pytest.mark.slow)
-            for name in ("bmpq", "ddq", "sdq")
+            for name in ("bmpq", "ddq", "ebs", "sdq")
         ),
     ],
 )

@@ -597,7 +597,7 @@ def test_learning_starts_from_the_trained_network_layers_without_batch_norm_too(
     graph.module.eval()
 
     placed = captured.copy()
-    EBS()._place_(placed, task, target, PLAIN_LOOP)
+    EBS()._place_(placed, task.train, target, PLAIN_LOOP.device)
     placed.module.eval()
 
     before, after = graph(inputs), placed(inputs)
@@ -682,7 +682,7 @@ def test_tied_sites_learn_one_set_of_strengths(captured):
     target = Target(parse_budget("weights=3bit"), (2, 3, 5), (3, 5, 6), ties=[tie])
     graph = captured.copy()
 
-    mixtures = EBS()._place_(graph, array_task(), target, PLAIN_LOOP)
+    mixtures = EBS()._place_(graph, array_task().train, target, PLAIN_LOOP.device)
 
     assert mixtures[tie[0]].strengths is mixtures[tie[1]].strengths
     assert mixtures[tie[0]].strengths.bits.tolist() == [3, 5]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -24,12 +25,12 @@ from mixbits.methods import find_methods
 from mixbits.train.finetune import Finetune, begin_finetuning, finetune
 from mixbits.train.method import Method, Target, begin_learning, learn
 from mixbits.train.steps import DivergedError
-from mixbits.train.task import Task, make_task
+from mixbits.train.task import AlternateHalves, Task, TwoHalves, make_task
 from mixbits.train.training import Training
 
 BATCHES, EPOCHS = 6, 2
 UPDATES = BATCHES * EPOCHS
-LEARNED = ("bmpq", "ddq", "mpdnn", "sdq")
+LEARNED = ("bmpq", "ddq", "ebs", "mpdnn", "sdq")
 each_learned = pytest.mark.parametrize("name", LEARNED)
 SUMS = 1e-5  # float32 sums in another order, over a dozen updates
 
@@ -108,7 +109,12 @@ def train(
     training.module.train()
     for number in range(first, last):
         epoch, index = divmod(number, BATCHES)
-        update(training, optimizer, next(task().train.epoch(epoch, index)))
+        if "strengths" in training.keep:  # EBS: a batch of each half in turns
+            halves = TwoHalves(task().train)
+            batch = next(halves.epoch(epoch, index // 2))
+            update(training, optimizer, halves.other if index % 2 else batch)
+        else:
+            update(training, optimizer, next(task().train.epoch(epoch, index)))
 
 
 def constant(options: Any) -> Any:
@@ -333,6 +339,46 @@ def test_beginning_leaves_the_network_and_the_random_numbers_as_they_were():
     after = graph.module.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_weights_and_strengths_have_updates_in_turns():
+    training = learning("ebs")
+    named = training.module.named_parameters()
+    strengths = {name: p for name, p in named if name.endswith("strengths.value")}
+    optimizer = torch.optim.AdamW([*training.groups, {"params": strengths.values(), "weight_decay": 0.1}])
+    states = [copy.deepcopy(training.module.state_dict())]
+    for _ in range(4):
+        train(training, optimizer, first=training.updates, last=training.updates + 1)
+        states.append(copy.deepcopy(training.module.state_dict()))
+
+    moved = [
+        {name for name, p in training.module.named_parameters() if not torch.equal(one[name], two[name])}
+        for one, two in itertools.pairwise(states)
+    ]
+    assert strengths
+    assert moved[1] == moved[3] == strengths.keys()
+    assert moved[0]
+    assert moved[2]
+    assert not (moved[0] | moved[2]) & strengths.keys()
+
+
+def test_alternate_halves_are_the_same_in_every_epoch_and_in_turns():
+    halves = AlternateHalves(21, batch_size=2, in_a_row=2, seed=3)
+    epochs = [list(halves) for _ in range(3)]
+    parts = [[{i for b in epoch[at::4] + epoch[at + 1 :: 4] for i in b} for at in (0, 2)] for epoch in epochs]
+
+    assert all(len(epoch) == len(halves) == 8 for epoch in epochs)
+    assert all(len(batch) == 2 for epoch in epochs for batch in epoch)
+    one, two = (set().union(*(part[half] for part in parts)) for half in (0, 1))
+    assert not one & two
+    assert epochs[0] != epochs[1]
+    assert sorted(next(iter(AlternateHalves(21, batch_size=10, seed=3)))) == sorted(
+        next(iter(AlternateHalves(21, batch_size=10, seed=3)))
+    )
+    loader = DataLoader(TensorDataset(torch.arange(21)), batch_sampler=halves)
+    assert {int(i) for (batch,) in list(loader)[:2] for i in batch} <= one
+    with pytest.raises(ValueError, match="half of 21 samples are fewer than 2 x 6"):
+        AlternateHalves(21, batch_size=6, in_a_row=2)
 
 
 def test_a_tensor_of_inputs_will_do():

@@ -10,6 +10,7 @@ from mixbits.cli.session import stop_on_interrupt
 from mixbits.fit.compare import STOP, Outcome, collect, engine, opened_matrix, run_matrix
 from mixbits.fit.matrix import Command, matrix_of
 from mixbits.fit.table import comparison_table
+from mixbits.fit.watching import require
 from mixbits.report.comparison import build_comparison
 from mixbits.report.matrix import read_comparison
 from mixbits.train.processes import launched
@@ -22,11 +23,12 @@ def run(command: Command, about: str, arguments: list[str]) -> None:
             f"mixbits {command} starts processes itself: give --jobs or --cluster, without a launcher"
         )
     recipe, session = parse_matrix(command, about, arguments)
+    require(session.watch)
     out = session.out
     matrix = matrix_of(command, recipe)
     opened = opened_matrix(matrix, out, resume=session.resume)
     with opened as float_run, engine(matrix.options), stop_on_interrupt((out / STOP).touch) as stop:
-        outcomes = run_matrix(matrix, out, lines, _say, stop)
+        outcomes = run_matrix(matrix, out, lines, _say, stop, watchers=session.watch)
         written = collect(matrix, out, outcomes, float_run)
         page = build_comparison(written)
     comparison = read_comparison(written)

@@ -22,9 +22,7 @@ def parse_recipe(command: str, about: str, arguments: list[str]) -> tuple[AnyRec
     toml, entries = _entries(arguments)
     entries = own_entries(entries, [entries["method"]])
     base = recipe_from_dict(entries, toml or "options")
-    recipe, chosen = _parse(
-        command, about, arguments, base, toml=toml, out="fit", more=(("watch", WATCH, ()),)
-    )
+    recipe, chosen = _parse(command, about, arguments, base, toml=toml, out="fit")
     session = Session(chosen.out, chosen.resume, chosen.watch)
     return recipe_from_dict(to_dict(recipe), "options"), session
 
@@ -49,7 +47,7 @@ def parse_matrix(command: Command, about: str, arguments: list[str]) -> tuple[An
         more=((command, kind, getattr(base, command)),),
     )
     recipe = matrix_recipe(command, to_dict(recipe), methods, "options")
-    return recipe, Session(chosen.out, chosen.resume)
+    return recipe, Session(chosen.out, chosen.resume, chosen.watch)
 
 
 def _entries(arguments: list[str]) -> tuple[str, dict[str, Any]]:
@@ -81,6 +79,7 @@ def _parse(
             ("toml", Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE.toml")], ""),
             ("out", Annotated[Path, tyro.conf.arg(help="folder of the run")], Path("runs") / out),
             ("resume", Annotated[bool, tyro.conf.arg(help="go on with the run in that folder")], False),
+            ("watch", WATCH, ()),
             *more,
         ],
         bases=(type(base),),

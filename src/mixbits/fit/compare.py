@@ -28,6 +28,7 @@ from mixbits.fit.matrix import Cell, Matrix, Sweep, float_recipe
 from mixbits.fit.recipe import AnyRecipe, flat, method_of, recipe_from_dict, to_dict
 from mixbits.fit.stages import STAGES, Row, Run, check, opened
 from mixbits.fit.summary import machine
+from mixbits.fit.watching import Name, watching
 from mixbits.fit.weights import read_tensors
 from mixbits.methods import method_named
 from mixbits.report.matrix import front
@@ -97,10 +98,13 @@ def run_matrix(
     watch: WatchOf,
     tell: Callable[[Outcome, int, int], None],
     stop: threading.Event,
+    *,
+    watchers: tuple[Name, ...] = (),
 ) -> dict[str, Outcome]:
     """Run every cell that is not done yet; the outcome of each, by its name.
 
-    The float network of each seed comes first, once. ``tell(outcome, done, total)`` is called as cells end.
+    ``watch`` makes what is told of a cell; ``watchers`` get the metrics of each as its own run. The float
+    network of each seed comes first, once. ``tell(outcome, done, total)`` is called as cells end.
     A cell that fails leaves the others alone. When ``stop`` is set, and when a process dies (the machine is
     out of memory, say), cells without an outcome are left to be resumed.
     """
@@ -120,7 +124,7 @@ def run_matrix(
         }
         calls = [
             joblib.delayed(run_cell)(
-                to_dict(recipe), path, name, shared, wanted, threads=threads, watch=watch
+                to_dict(recipe), path, name, shared, wanted, threads=threads, watch=watch, watchers=watchers
             )
             for name, (recipe, _, shared) in missing.items()
         ]
@@ -221,19 +225,23 @@ def run_cell(
     *,
     threads: int,
     watch: WatchOf,
+    watchers: tuple[Name, ...] = (),
 ) -> Outcome:
     """Run the stages of one cell that are not done, from the float network of the run ``shared`` if given."""
     torch.set_num_threads(threads)
-    stop, tell = threading.Event(), watch(name)
+    stop, told = threading.Event(), [watch(name)]
 
     def look(row: Row) -> None:
         if (root / STOP).exists():
             stop.set()
-        tell(row)
+        for tell in told:
+            tell(row)
 
     try:
         run = Run(recipe_from_dict(entries, name), root / name, look, stop)
-        with opened(run, resume=True):
+        watched_by = watching(watchers, root / name, flat(entries), run=f"{root.name}/{name}")
+        with opened(run, resume=True), watched_by as also:
+            told.append(also)
             if shared:
                 _adopt_float_(run, RunFolder(root / shared))
             for stage in stages:

@@ -6,6 +6,7 @@ folder and recipe, and what it opens it closes when the run ends. A resumed run 
 
 from __future__ import annotations
 
+import importlib.util
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,8 +18,8 @@ from mixbits.core.files import whole_file
 
 Row = Mapping[str, Any]
 Watch = Callable[[Row], None]
-Open = Callable[[Path, Mapping[str, Any], ExitStack], Watch]  # folder, options, what to close at the end
-Name = Literal["tensorboard", "wandb", "mlflow"]
+Open = Callable[[Path, str, Mapping[str, Any], ExitStack], Watch]  # folder, run, options, to close at the end
+Name = Literal["tensorboard", "wandb", "mlflow"]  # of packages and of extras
 
 
 def kept(row: Row) -> bool:
@@ -41,12 +42,10 @@ def figures(row: Row) -> dict[str, float]:
     return found
 
 
-def tensorboard(folder: Path, options: Mapping[str, Any], closing: ExitStack) -> Watch:
+def tensorboard(folder: Path, name: str, options: Mapping[str, Any], closing: ExitStack) -> Watch:
     """Event files under ``tensorboard/``, a run a stage; steps taken again replace those of before."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
-    except ImportError as error:
-        raise _missing("TensorBoard", "tensorboard") from error
+    from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
+
     writers: dict[str, SummaryWriter] = {}
 
     def watch(row: Row) -> None:
@@ -56,22 +55,20 @@ def tensorboard(folder: Path, options: Mapping[str, Any], closing: ExitStack) ->
             writers[stage] = SummaryWriter(str(path), purge_step=row["resumed_step"] + 1)
             closing.callback(writers[stage].close)
         elif kept(row):
-            for name, value in figures(row).items():
-                writers[stage].add_scalar(name, value, row["step"])
+            for figure, value in figures(row).items():
+                writers[stage].add_scalar(figure, value, row["step"])
             writers[stage].flush()
 
     return watch
 
 
-def wandb(folder: Path, options: Mapping[str, Any], closing: ExitStack) -> Watch:
-    """A run of Weights & Biases with the folder's name and the recipe; metrics have their stage's step."""
-    try:
-        import wandb  # noqa: PLC0415
-    except ImportError as error:
-        raise _missing("Weights & Biases", "wandb") from error
+def wandb(folder: Path, name: str, options: Mapping[str, Any], closing: ExitStack) -> Watch:
+    """A run of Weights & Biases with the recipe; metrics have their stage's step."""
+    import wandb  # noqa: PLC0415
+
     run = wandb.init(
         project="mixbits",
-        name=folder.name,
+        name=name,
         id=_remembered(folder, "wandb", lambda: secrets.token_hex(4)),
         dir=folder,
         config=dict(options),
@@ -91,19 +88,25 @@ def wandb(folder: Path, options: Mapping[str, Any], closing: ExitStack) -> Watch
     return watch
 
 
-def mlflow(folder: Path, options: Mapping[str, Any], closing: ExitStack) -> Watch:
-    """A run of MLflow's experiment ``mixbits`` with the folder's name and the recipe's options."""
-    try:
-        from mlflow import MlflowClient  # noqa: PLC0415
-        from mlflow.entities import Metric, Param  # noqa: PLC0415
-        from mlflow.exceptions import MlflowException  # noqa: PLC0415
-    except ImportError as error:
-        raise _missing("MLflow", "mlflow") from error
+def mlflow(folder: Path, name: str, options: Mapping[str, Any], closing: ExitStack) -> Watch:
+    """A run of MLflow's experiment ``mixbits`` with the recipe's options."""
+    from mlflow import MlflowClient  # noqa: PLC0415
+    from mlflow.entities import Metric, Param  # noqa: PLC0415
+    from mlflow.exceptions import MlflowException  # noqa: PLC0415
+
+    def experiment() -> str:
+        found = client.get_experiment_by_name("mixbits")
+        if found is None:
+            try:
+                return client.create_experiment("mixbits")
+            except MlflowException:  # a run beside this one was faster, or it cannot be made
+                found = client.get_experiment_by_name("mixbits")
+                if found is None:
+                    raise
+        return found.experiment_id
 
     def begin() -> str:
-        experiment = client.get_experiment_by_name("mixbits")
-        number = experiment.experiment_id if experiment else client.create_experiment("mixbits")
-        run = client.create_run(number, run_name=folder.name).info.run_id
+        run = client.create_run(experiment(), run_name=name).info.run_id
         client.log_batch(run, params=[Param(name, str(value)) for name, value in options.items()])
         return run
 
@@ -136,15 +139,25 @@ WATCHERS: dict[str, Open] = {"tensorboard": tensorboard, "wandb": wandb, "mlflow
 assert tuple(WATCHERS) == get_args(Name)
 
 
+def require(names: tuple[Name, ...]) -> None:
+    """Raise ``ImportError``, with the command that installs it, for a watcher that is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"--watch {name} needs a package: pip install 'mixbits[{name}]'")
+
+
 @contextmanager
-def watching(names: tuple[Name, ...], folder: Path, options: Mapping[str, Any]) -> Iterator[Watch]:
+def watching(
+    names: tuple[Name, ...], folder: Path, options: Mapping[str, Any], *, run: str = ""
+) -> Iterator[Watch]:
     """A function that hands rows to the watchers of these names, for as long as the run lasts.
 
-    ``folder`` is the run's, ``options`` its recipe by option. Raises ``ImportError`` with the command that
-    installs a missing extra.
+    ``folder`` is the run's, ``options`` its recipe by option; ``run`` is what it is called where names are
+    shown, if not as its folder. Raises ``ImportError`` as :func:`require`.
     """
+    require(names)
     with ExitStack() as closing:
-        watchers = [WATCHERS[name](folder, options, closing) for name in names]
+        watchers = [WATCHERS[name](folder, run or folder.name, options, closing) for name in names]
 
         def watch(row: Row) -> None:
             for each in watchers:
@@ -160,7 +173,3 @@ def _remembered(folder: Path, name: str, make: Callable[[], str]) -> str:
         with whole_file(path, alone=True) as file:
             file.write(make().encode())
     return path.read_text(encoding="utf-8")
-
-
-def _missing(what: str, extra: str) -> ImportError:
-    return ImportError(f"--watch {extra} needs {what}: pip install 'mixbits[{extra}]'")

@@ -46,8 +46,8 @@ import torch
 from torch import Tensor, nn
 
 from mixbits.core.budget import Budget
-from mixbits.core.grid import Grid, Uniform
-from mixbits.core.profile import Profile, Site
+from mixbits.core.grid import Uniform
+from mixbits.core.profile import Profile
 from mixbits.graph.quant_graph import QuantGraph, put_
 from mixbits.quant.functional import dot, scale_gradient
 from mixbits.quant.quantizer import SMALLEST_STEP, Frozen, LearnedStep, Quantizer
@@ -56,7 +56,8 @@ from mixbits.train.method import Learned, Method, Target
 from mixbits.train.norms import reestimate_batch_norm_
 from mixbits.train.penalty import used
 from mixbits.train.steps import Loop, Schedule, steps
-from mixbits.train.task import Task, TwoHalves
+from mixbits.train.task import Batches, Task, TwoHalves
+from mixbits.train.training import Training
 
 RANGES_TRIED = 48  # fractions of the largest magnitude, as for the steps of other methods
 START_VALUES = 65536  # values of one tensor that its start range is chosen from
@@ -134,9 +135,9 @@ def dorefa(w: Tensor, divisor: Tensor | float = 1.0) -> Tensor:
     return squashed / squashed.detach().abs().amax().clamp_min(SMALLEST_STEP)
 
 
-def gumbel_like(x: Tensor) -> Tensor:
+def gumbel_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Independent samples ``-log(-log(u))``, ``u`` uniform in 0 .. 1, from torch's random numbers."""
-    return -torch.empty(x.shape).exponential_().log().to(x)
+    return -torch.empty(x.shape).exponential_(generator=generator).log().to(x)
 
 
 class Strengths(nn.Module):
@@ -169,9 +170,9 @@ class Strengths(nn.Module):
         return self.value.argmax()
 
     @torch.no_grad()
-    def draw_(self, temperature: float) -> None:
+    def draw_(self, temperature: float, generator: torch.Generator | None = None) -> None:
         """New noise for a sampled sum at this temperature."""
-        self.noise.copy_(gumbel_like(self.value))
+        self.noise.copy_(gumbel_like(self.value, generator))
         self.temperature.fill_(temperature)
 
 
@@ -314,48 +315,11 @@ class EBS(Method):
 
     def learn(self, graph: QuantGraph, task: Task, target: Target, loop: Loop) -> Learned:
         """Weights on one half of the training data, strengths on the other, in turns."""
-        profile = graph.profile
-        mixtures = self._place_(graph, task, target, loop)
-        groups = list(dict.fromkeys(mixture.strengths for mixture in mixtures.values()))
-        values = [group.value for group in groups]
         data, processes = TwoHalves(task.train), loop.processes
-        graph.module.to(loop.device)
-        optimizer = torch.optim.SGD(
-            [
-                {"params": graph.network_parameters(), "weight_decay": self.weight_decay},
-                {"params": [mixture.clip for mixture in mixtures.values()]},
-            ],
-            lr=self.lr,
-            momentum=self.momentum,
-        )
-        strength_optimizer = torch.optim.Adam(values, lr=self.strength_lr, betas=STRENGTH_BETAS)
+        updates = self.epochs * len(data)
+        learning = self._start(graph, task.train, target, updates, loop.device)
+        optimizer = torch.optim.SGD(learning.weights, lr=self.lr, momentum=self.momentum)
         forward = torch.compile(graph.module, dynamic=False) if loop.compile else graph.module
-
-        def draw(progress: float) -> None:
-            if self.mixing == "gumbel":
-                fall = self.last_temperature / self.first_temperature
-                for group in groups:
-                    group.draw_(self.first_temperature * fall**progress)
-
-        def best_widths() -> dict[str, int]:
-            return {
-                site: int(mixture.strengths.bits[mixture.strengths.best()])
-                for site, mixture in mixtures.items()
-            }
-
-        def expected_widths() -> dict[str, Tensor]:
-            return {site: mixture.strengths.expected_bits() for site, mixture in mixtures.items()}
-
-        @torch.no_grad()
-        def measure() -> dict[str, Any]:
-            expected = expected_widths()
-            fractions = {
-                limit.cost: float(limit.used(profile, expected)) / limit.asked
-                for limit in target.budget.limits
-            }
-            return {**used(profile, target.budget, best_widths()), "expected": fractions}
-
-        draw(0.0)
         for step in steps(
             graph,
             replace(task, train=data),
@@ -363,36 +327,71 @@ class EBS(Method):
             loop,
             epochs=self.epochs,
             schedule=self.schedule,
-            measure=measure,
+            measure=learning.measure,
             estimate_norms=LEARNING_NORM_BATCHES,
-            keep={"strengths": strength_optimizer},
+            keep={"strengths": learning},
         ):
-            draw(step.progress)
+            learning.draw_(step.progress)
             inputs, targets = (part.to(loop.device) for part in processes.part(data.other))
             with torch.autocast(loop.device.type, torch.bfloat16, enabled=loop.bf16):
                 outputs = forward(inputs).float()
-            excess = expected_excess(profile, expected_widths(), target.budget)
             share = processes.share(inputs, data.other)
-            value = task.loss(outputs, targets) * share + self.strength * excess
-            grads = torch.autograd.grad(value, values)
+            value = task.loss(outputs, targets) * share + learning.penalty()
+            grads = torch.autograd.grad(value, learning.strengths)
             processes.average_(grads)
-            for group, grad in zip(groups, grads, strict=True):
-                group.value.grad = grad
-            strength_optimizer.step()
-            draw(step.progress)
-        bits = best_widths()
-        self._write_back_(graph)
-        reestimate_batch_norm_(graph, task.train, LEARNING_NORM_BATCHES, loop.device)
-        return Learned(graph, bits, self._grid)
+            for strength, grad in zip(learning.strengths, grads, strict=True):
+                strength.grad = grad
+            learning.optimizer.step()
+            learning.draw_(step.progress)
+        return learning.conclude()
 
-    def _grid(self, site: Site, bits: int) -> Grid:
-        return bipolar_grid(bits, signed=site.signed)
+    def begin(
+        self, graph: QuantGraph, batches: Batches, target: Target, *, updates: int, device: torch.device
+    ) -> Training[Learned]:
+        """The same for any loop, whose updates are in turns one of weights and one of strengths.
 
-    def _place_(self, graph: QuantGraph, task: Task, target: Target, loop: Loop) -> dict[str, Mixture]:
+        Which data are whose is up to the loop: see :class:`~mixbits.train.task.AlternateHalves`.
+        """
+        learning = self._start(graph, batches, target, updates, device)
+        rest = [p for group in learning.weights for p in group["params"]]
+
+        def step_strengths() -> None:
+            if learning.of_strengths:
+                learning.optimizer.step()
+            for parameter in [*learning.strengths, *(rest if learning.of_strengths else [])]:
+                parameter.grad = None  # what has none is left alone by the loop's optimizer
+
+        def pass_on(optimizer: torch.optim.Optimizer, done: int) -> None:
+            learning.of_strengths = not learning.of_strengths
+            learning.draw_(min(-(-done // 2) / -(-updates // 2), 1.0))
+
+        return Training(
+            graph,
+            learning.weights,
+            learning.conclude,
+            penalty=lambda loss: learning.penalty(),
+            on_gradients=step_strengths,
+            on_update=pass_on,
+            measure=learning.measure,
+            keep={"strengths": learning},
+            estimate_norms=LEARNING_NORM_BATCHES,
+        )
+
+    def _start(
+        self, graph: QuantGraph, batches: Batches, target: Target, updates: int, device: torch.device
+    ) -> _Learning:
+        """Mixtures on every site, equal strengths."""
+        mixtures = self._place_(graph, batches, target, device)
+        graph.module.to(device)
+        return _Learning(self, graph, batches, target.budget, mixtures, updates, device)
+
+    def _place_(
+        self, graph: QuantGraph, batches: Batches, target: Target, device: torch.device
+    ) -> dict[str, Mixture]:
         """A mixture on every site; weights become meta weights. Returns the mixtures by site."""
         allowed = target.choices(graph.profile)
         activations = [site.name for site in graph.profile.activations]
-        observed = observe(graph, activations, task.train, loop.device)
+        observed = observe(graph, activations, batches, device)
         shared = {}
         for group in allowed.groups:
             shared |= dict.fromkeys(group, Strengths(allowed.widths[group[0]]))
@@ -412,8 +411,72 @@ class EBS(Method):
         put_(graph, placed)
         return mixtures
 
-    def _write_back_(self, graph: QuantGraph) -> None:
-        """Transformed weights in place of meta weights; on every site the grid of the largest strength."""
+
+class _Learning:
+    """Mixtures while they learn: their strengths, what moves these, and what all of it comes to."""
+
+    of_strengths = False  # the turn, where updates are in turns
+
+    def __init__(  # noqa: PLR0917  one caller
+        self,
+        method: EBS,
+        graph: QuantGraph,
+        batches: Batches,
+        budget: Budget,
+        mixtures: Mapping[str, Mixture],
+        updates: int,
+        device: torch.device,
+    ) -> None:
+        self._method, self._graph, self._batches, self._budget = method, graph, batches, budget
+        self._mixtures, self._updates, self._device = mixtures, updates, device
+        self._groups = list(dict.fromkeys(mixture.strengths for mixture in mixtures.values()))
+        self.strengths = [group.value for group in self._groups]
+        self.optimizer = torch.optim.Adam(self.strengths, lr=method.strength_lr, betas=STRENGTH_BETAS)
+        self.weights: list[dict[str, Any]] = [
+            {"params": graph.network_parameters(), "weight_decay": method.weight_decay},
+            {"params": [mixture.clip for mixture in mixtures.values()]},
+        ]
+        # Seeded by the run's random numbers, so that a run's seed is the only one.
+        self._generator = torch.Generator().manual_seed(int(torch.randint(1 << 31, ())))
+        self.draw_(0.0)
+
+    def draw_(self, progress: float) -> None:
+        """New noise for sampled sums."""
+        if self._method.mixing == "gumbel":
+            first, last = self._method.first_temperature, self._method.last_temperature
+            for group in self._groups:
+                group.draw_(first * (last / first) ** progress, self._generator)
+
+    def penalty(self) -> Tensor:
+        """The hinge on expected costs."""
+        return self._method.strength * expected_excess(self._graph.profile, self._expected(), self._budget)
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, Any]:
+        """Fields of the metrics: costs of the largest strengths, and expected fractions of the limits."""
+        profile, expected = self._graph.profile, self._expected()
+        fractions = {
+            limit.cost: float(limit.used(profile, expected)) / limit.asked for limit in self._budget.limits
+        }
+        return {**used(profile, self._budget, self._best()), "expected": fractions}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whose turn it is, the state of the strengths' optimizer and of the noise."""
+        return {
+            "of_strengths": self.of_strengths,
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        """Put a state back."""
+        self.of_strengths = state_dict["of_strengths"]
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self._generator.set_state(state_dict["generator"])
+
+    def conclude(self) -> Learned:
+        """Transformed weights in place of meta weights; on every site the width of the largest strength."""
+        graph, bits = self._graph, self._best()
         settled: dict[str, Quantizer] = {}
         for site, quantizer in graph.quantizers.items():
             frozen = quantizer.freeze()
@@ -422,3 +485,15 @@ class EBS(Method):
                 weight.copy_(quantizer.weight_of(weight))
             settled[site] = LearnedStep(frozen.grid, frozen.step, shared_by=1).to(frozen.step.device)
         put_(graph, settled)
+        if self._updates:
+            reestimate_batch_norm_(graph, self._batches, LEARNING_NORM_BATCHES, self._device)
+        return Learned(graph, bits, lambda site, bits: bipolar_grid(bits, signed=site.signed))
+
+    def _best(self) -> dict[str, int]:
+        return {
+            site: int(mixture.strengths.bits[mixture.strengths.best()])
+            for site, mixture in self._mixtures.items()
+        }
+
+    def _expected(self) -> dict[str, Tensor]:
+        return {site: mixture.strengths.expected_bits() for site, mixture in self._mixtures.items()}

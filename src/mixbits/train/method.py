@@ -118,11 +118,11 @@ class Method(ABC):
     ) -> Training[Learned]:
         """Learning on ``graph`` as an object that any loop can drive for ``updates`` updates.
 
-        Raises ``ValueError`` for methods whose update is more than a loss, a penalty and a projection.
+        Raises ``ValueError`` for methods that train nothing or that are not written for it.
         """
         name = type(self).__name__
         raise ValueError(
-            f"{name} cannot learn in another loop: it does not train one network by one loss. Learn with "
+            f"{name} cannot learn in another loop: it has no training to be driven. Learn with "
             "mixbits.learn, and train at its policy in your loop with mixbits.begin_finetuning"
         )
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from mixbits.data.dataset import ArraySamples, Dataset, Samples, split_held_out, take_images
 from mixbits.train.processes import ALONE, Processes
@@ -169,6 +169,48 @@ class TwoHalves:
         for batch, other in islice(pairs, len(self) - first):
             self.other = other
             yield batch
+
+
+class AlternateHalves(Sampler[list[int]]):
+    """Indices of batches, in turns of one half of the data and of the other: a ``batch_sampler``.
+
+    Of a ``DataLoader``, for methods that learn two things in turns (EBS), in a loop of the user's. The halves
+    are drawn once, by ``seed``; their order for every epoch, from torch's random numbers. What makes no whole
+    turn is left out.
+
+    >>> halves = AlternateHalves(9, batch_size=2)
+    >>> first, second = (list(halves) for _ in range(2))  # epochs
+    >>> sorted(first[0] + first[2]) == sorted(second[0] + second[2])
+    True
+    >>> len(set(first[0] + first[1] + first[2] + first[3]))
+    8
+    """
+
+    def __init__(self, samples: int, batch_size: int, *, seed: int = 0, in_a_row: int = 1) -> None:
+        """``in_a_row``: batches of a half before the other's turn, as many as one update accumulates.
+
+        Raises ``ValueError`` if a half has too few samples for one turn.
+        """
+        self._size, self._in_a_row = batch_size, in_a_row
+        order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
+        self._halves = order[: samples // 2], order[samples // 2 : 2 * (samples // 2)]
+        self._turns = samples // 2 // (batch_size * in_a_row)
+        if not self._turns:
+            raise ValueError(
+                f"half of {samples} samples are fewer than {in_a_row} x {batch_size}; make batches smaller"
+            )
+
+    def __len__(self) -> int:
+        """Batches of one epoch, of both halves."""
+        return 2 * self._turns * self._in_a_row
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """The batches of an epoch."""
+        shuffled = [half[torch.randperm(len(half))].split(self._size) for half in self._halves]
+        for turn in range(self._turns):
+            for batches in shuffled:
+                for batch in batches[turn * self._in_a_row :][: self._in_a_row]:
+                    yield batch.tolist()
 
 
 def count_correct(outputs: Tensor, targets: Tensor) -> Tensor:
