@@ -156,10 +156,8 @@ class SwitchedWeight(SwitchedWidth):
         step = torch.where(self.spacing > 1.0, size.mean(), size.amax() / self.high)
         return step.clamp_min(SMALLEST_STEP)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def quantized(self, x: Tensor) -> Tensor:
         """The quantized weight; in bfloat16 training the rounding is still done in float32."""
-        if x.dtype in (torch.bfloat16, torch.float16):
-            x = x.float()
         if self.scale == "max":
             if self.training:
                 self.step.copy_(self._full_range(x))
@@ -202,10 +200,8 @@ class Clipped(SwitchedWidth):
     def _step(self) -> Tensor:
         return self.alpha.detach() / self.high
 
-    def forward(self, x: Tensor) -> Tensor:
+    def quantized(self, x: Tensor) -> Tensor:
         """The quantized tensor; in bfloat16 training the rounding is still done in float32."""
-        if x.dtype in (torch.bfloat16, torch.float16):
-            x = x.float()
         alpha, step = self.alpha.to(x.dtype), self._step().to(x.dtype)
         floor = -alpha if self.signed else torch.zeros_like(alpha)
         return straight_through(clip(x, floor, alpha), self.nearest(x / step) * step)

@@ -222,10 +222,8 @@ class LearnedLevels(Quantizer):
         codes = torch.exp2(gates.sum())
         return torch.exp2(closed) * torch.sqrt(codes / self.shared_by) / self.step.square().mean()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def quantized(self, x: Tensor) -> Tensor:
         """The quantized tensor; in bfloat16 training the rounding is still done in float32."""
-        if x.dtype in (torch.bfloat16, torch.float16):
-            x = x.float()
         levels, probe = self.byte_levels(open_gates(self.gates))
         whole = levels.detach()
         cells = 0.5 * torch.arange(CELLS, device=x.device) + float(self.lowest)

@@ -49,7 +49,7 @@ from mixbits.core.budget import Budget
 from mixbits.core.grid import Uniform
 from mixbits.core.profile import Profile
 from mixbits.graph.quant_graph import QuantGraph, put_
-from mixbits.quant.functional import dot, scale_gradient
+from mixbits.quant.functional import dot, scale_gradient, single
 from mixbits.quant.quantizer import SMALLEST_STEP, Frozen, LearnedStep, Quantizer
 from mixbits.train.finetune import observe
 from mixbits.train.method import Learned, Method, Target
@@ -100,9 +100,7 @@ class _Mix(torch.autograd.Function):
 
 def _unit(x: Tensor, clip: Tensor, *, signed: bool) -> Tensor:
     """``x`` limited to ``+-clip`` (unsigned: ``0 .. clip``) and mapped to 0 .. 1, at least float32."""
-    if x.dtype in (torch.bfloat16, torch.float16):
-        x = x.float()
-    ratio = x / clip
+    ratio = single(x) / clip
     return (ratio.mul_(0.5).add_(0.5) if signed else ratio).clamp_(0.0, 1.0)
 
 
@@ -195,7 +193,7 @@ class Mixture(Quantizer):
         """The clip with its scaled gradient."""
         return scale_gradient(self.clip, self.gradient_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def quantized(self, x: Tensor) -> Tensor:
         """The mixture of ``x``."""
         return self.at_clip(x, self.learning_clip())
 
@@ -203,8 +201,6 @@ class Mixture(Quantizer):
         """The mixture of ``x`` at a clip; rounding is done in float32 at least."""
         if self.training:
             return mix(x, clip, self.strengths.shares(), self.strengths.top_codes, signed=self.signed)
-        if x.dtype in (torch.bfloat16, torch.float16):
-            x = x.float()
         top = self.strengths.top_codes[self.strengths.best()]
         step = clip / top
         if self.signed:
@@ -239,7 +235,7 @@ class MetaWeight(Quantizer):
         self.mixture = mixture
         self.register_buffer("divisor", mixture.clip.detach().clamp_min(1.0))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def quantized(self, x: Tensor) -> Tensor:
         """The mixture of the transformed weight."""
         clip = self.mixture.learning_clip()
         return self.mixture.at_clip(clip * dorefa(x.to(clip.dtype), self.divisor), clip)

@@ -225,10 +225,8 @@ class LearnedWidth(Quantizer):
             return pow2(second) * torch.exp2(-exponent), pow2(second)
         return pow2(second), pow2(second) * torch.exp2(exponent)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def quantized(self, x: Tensor) -> Tensor:
         """The quantized tensor; in bfloat16 training the rounding is still done in float32."""
-        if x.dtype in (torch.bfloat16, torch.float16):
-            x = x.float()
         low, high = (value.to(x.dtype) for value in self.ranges())
         if self.parametrization.startswith("u"):
             return uniform(x, low, high, signed=self.signed)

@@ -191,10 +191,8 @@ class StochasticWidth(Quantizer):
         step = scale_gradient(_row(self.steps, place), _row(self.gradient_scale, place))
         return quantize_uniform(x, step, _row(self.levels, place))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def quantized(self, x: Tensor) -> Tensor:
         """The quantized tensor; in bfloat16 training the rounding is still done in float32."""
-        if x.dtype in (torch.bfloat16, torch.float16):
-            x = x.float()
         if not self.training:
             return self._quantized(x, self.dbp.active)
         choice, wide, narrow = self.dbp.choice(), self.dbp.active, self.dbp.narrower
@@ -238,10 +236,8 @@ class EntropyStep(Quantizer):
         self.grid = grid
         self.register_buffer("step", torch.tensor(max(step, SMALLEST_STEP)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def quantized(self, x: Tensor) -> Tensor:
         """The quantized weights, normalized anew while training."""
-        if x.dtype in (torch.bfloat16, torch.float16):
-            x = x.float()
         if not self.training:
             return fake_quantize(x, self.step, self.grid)
         step = entropy_step(x, self.grid.bits)

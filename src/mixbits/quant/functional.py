@@ -162,6 +162,11 @@ class _FakeQuantize(torch.autograd.Function):
         return inside, to_step, None
 
 
+def single(x: Tensor) -> Tensor:
+    """``x`` in float32 if it has half precision, which cannot tell where between two levels a value is."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def _itself(x: Tensor) -> Tensor:
     return x
 

@@ -44,7 +44,7 @@ class Recorder(Quantizer):
         self._share = max(KEPT_VALUES // max(batches, 1), 1)
         self._kept: list[Tensor] = []
 
-    def forward(self, x: Tensor) -> Tensor:
+    def quantized(self, x: Tensor) -> Tensor:
         """``x`` itself."""
         flat = x.detach().flatten().float()
         self._kept.append(flat[:: max(flat.numel() // self._share, 1)][: self._share].clone())

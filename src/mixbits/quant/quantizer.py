@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mixbits.core.grid import Codebook, Grid
-from mixbits.quant.functional import fake_quantize, level_tensor, quantize_uniform, scale_gradient
+from mixbits.quant.functional import fake_quantize, level_tensor, quantize_uniform, scale_gradient, single
 
 SMALLEST_STEP = 1e-8  # keeps x / step finite in float32
 
@@ -25,9 +25,13 @@ class Frozen:
 class Quantizer(nn.Module, ABC):
     """One edge: float tensor in, float tensor out, on the grid of :meth:`freeze` in ``eval()``."""
 
-    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """The quantized tensor, of the shape of ``x``."""
+        """The quantized tensor, of the shape and type of ``x``; half precision is quantized in float32."""
+        return self.quantized(single(x)).to(x.dtype)
+
+    @abstractmethod
+    def quantized(self, x: Tensor) -> Tensor:
+        """The quantized tensor of ``x``, which is float32 or more."""
 
     @abstractmethod
     def bits(self) -> Tensor:
@@ -70,10 +74,8 @@ class LearnedStep(Quantizer):
         levels = torch.empty(0) if isinstance(grid, Codebook) else level_tensor(grid)
         self.register_buffer("levels", levels, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantized ``x``; in bfloat16 training the rounding is still done in float32."""
-        if x.dtype in (torch.bfloat16, torch.float16):
-            x = x.float()
+    def quantized(self, x: Tensor) -> Tensor:
+        """Fake-quantized ``x``."""
         step = scale_gradient(self.step, self.gradient_scale).to(x.dtype)
         if isinstance(self.grid, Codebook):
             return fake_quantize(x, step, self.grid)
