@@ -63,8 +63,8 @@ def target() -> Target:
 
 
 def method(name: str) -> Method:
-    options = {"interval": 0.25, "warmup": 0.0} if name == "bmpq" else {}
-    return replace(find_methods()[name](), epochs=EPOCHS, **options)
+    options = {"bmpq": {"interval": 0.25, "warmup": 0.0}, "ebs": {"mixing": "gumbel"}}
+    return replace(find_methods()[name](), epochs=EPOCHS, **options.get(name, {}))
 
 
 def fixed(*, norm: bool = True) -> Training[QuantGraph]:
