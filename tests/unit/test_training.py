@@ -63,7 +63,10 @@ def target() -> Target:
 
 
 def method(name: str) -> Method:
-    options = {"bmpq": {"interval": 0.25, "warmup": 0.0}, "ebs": {"mixing": "gumbel"}}
+    options: dict[str, dict[str, Any]] = {
+        "bmpq": {"interval": 0.25, "warmup": 0.0},
+        "ebs": {"mixing": "gumbel"},
+    }
     return replace(find_methods()[name](), epochs=EPOCHS, **options.get(name, {}))
 
 
