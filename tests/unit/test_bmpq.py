@@ -39,7 +39,7 @@ from mixbits.pack.bits import pack, unpack
 from mixbits.runtime.executor import Executor
 from mixbits.search.greedy import InfeasibleError, choices
 from mixbits.train.checkpoint import Checkpoint
-from mixbits.train.finetune import Finetune, finetune
+from mixbits.train.finetune import Finetune, finetune, place_policy
 from mixbits.train.method import Target, learn
 from mixbits.train.steps import Loop
 from mixbits.train.task import Task, make_task
@@ -766,6 +766,18 @@ def test_t14_the_packed_network_is_the_trained_one_in_the_bytes_of_its_widths(sm
         assert np.array_equal(
             Executor(program)(images.numpy()).argmax(-1), trained(images).argmax(-1).numpy()
         )
+
+
+def test_finetuning_begins_with_the_network_that_was_learned(small):
+    task = small_task()
+    policy, learned = learn(BMPQ(epochs=2), small, task, LIMIT, Loop())
+    inputs = next(task.test.epoch(0))[0]
+
+    placed = place_policy(learned.graph, policy, task.train, start=learned.frozen)
+
+    with torch.no_grad():
+        wanted = learned.graph.module.eval()(inputs)
+        torch.testing.assert_close(placed.module.eval()(inputs), wanted, rtol=1e-4, atol=1e-5)
 
 
 # Torch's own tracing makes an instance of every autograd function that it meets.

@@ -239,8 +239,18 @@ def test_a_learned_step_is_the_start_of_an_activation(captured, task):
     without = place_policy(captured, policy_of(captured, 3, 4), task.train)
     assert student.quantizers["relu"].step.item() == pytest.approx(0.3)
     assert torch.equal(student.quantizers["relu.1"].step, without.quantizers["relu.1"].step)
-    # A weight's step per channel is chosen anew: its values are at hand.
+    # The weight was learned at another width; its values are at hand, so steps are chosen anew.
     assert torch.equal(student.quantizers["conv1.weight"].step, without.quantizers["conv1.weight"].step)
+
+
+def test_one_learned_step_of_a_weight_is_the_start_of_all_its_channels(captured, task):
+    policy = policy_of(captured, 3, 4)
+    start = {"conv1.weight": Frozen(policy.grids["conv1.weight"], torch.tensor(0.3))}
+
+    step = place_policy(captured, policy, task.train, start=start).quantizers["conv1.weight"].step
+
+    assert step.shape == (len(captured.weight("conv1.weight")), 1, 1, 1)
+    assert (step == 0.3).all()
 
 
 @pytest.mark.parametrize(

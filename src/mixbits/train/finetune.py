@@ -202,8 +202,8 @@ def place_policy(
         if site.kind == "weight":
             weight = student.weight(site.name).detach()
             learned = start.get(site.name)
-            if learned is not None and learned.grid == grid and learned.step.dim():
-                step = learned.step
+            if learned is not None and learned.grid == grid:
+                step = learned.step.expand(len(weight)).clone()
             else:
                 step = mse_step(weight.flatten(1), grid)
             step = step.reshape(-1, *[1] * (weight.dim() - 1))
