@@ -186,11 +186,40 @@ def test_a_sweep_has_a_policy_for_every_point_and_those_who_watch_see_it(
     assert "uniform reaches" in (out / "sweep.html").read_text()
 
 
+NETWORK = """
+from torch import nn
+
+def network():
+    return nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+"""
+
+
+def test_what_changed_since_a_comparison_began_is_not_compared(tmp_path: Path) -> None:
+    file, out = tmp_path / "small.py", tmp_path / "out"
+    file.write_text(NETWORK)
+    command = ["compare", "--network", f"{file}:network", "--data", "digits", "--train-images", "64"]
+    command += ["--budget", "weights=3bit", "--float-training.epochs", "1", "--seeds", "1", "--out", str(out)]
+    command += ["--no-train", "--methods", "sensitivity"]
+    assert main(command) == 0
+    assert result(out)["epochs"] == 0
+    assert {entry["finetune_epochs"] for entry in result(out)["methods"]} == {0}
+    assert main([*command, "--resume"]) == 0
+
+    file.write_text(NETWORK.replace("ReLU", "Hardswish"))
+    again = [sys.executable, "-m", "mixbits.cli.main", *command, "--resume"]
+    ended = subprocess.run(again, capture_output=True, text=True)
+
+    assert ended.returncode == 2
+    assert "was started with something else: the network changed since" in ended.stderr
+
+
 BAD = {
     "infeasible budget": (["--budgets", "weights=1KiB"], "cannot be met"),
     "unknown method": (["--methods", "magic"], "unknown method 'magic'"),
     "bad range": (["--budgets", "weights=2bit..4bit"], "cannot read the range"),
     "too many epochs to learn": (["--learn-epochs", "5"], "5 of 2 epochs are to learn widths"),
+    "negative epochs": (["--epochs", "4", "--learn-epochs", "-2"], "--learn-epochs must be 0 or more"),
+    "no training": (["--no-train"], "leaves out what trains to learn widths (bmpq, ddq, ebs, mpdnn, sdq): give --methods"),
     "no seeds": (["--seeds", "0"], "--seeds and --jobs must be 1 or more"),
     "too many images": (["--train-images", "100000"], "100000 training images are asked for"),
 }

@@ -48,6 +48,7 @@ def test_ranges_of_one_budget_run_together():
         "two units": ("weights=2KiB..4bit:3", "two units"),
         "different counts": ("weights=2..4bit:3,act=2..4bit:5", "different numbers of points"),
         "twice": ("weights=3bit;weights=3bit", "asked for twice"),
+        "twice, in other words": ("weights=3bit,act=4bit;act=4.0 bit, weights=3bit", "act=4.0bit,.* twice"),
         "nothing": (" ; ", "there is no budget"),
         "unknown limit": ("wieghts=2..4bit:3", "unknown limit 'wieghts'"),
     }.values(),
@@ -226,9 +227,83 @@ def test_one_seed_establishes_nothing():
 
 def test_a_loss_is_called_one():
     said = sentences(compared(uniform=[90.0, 91.0, 92.0], mpdnn=[89.0, 90.1, 90.9]))
-    assert said[0] == ("bad", "Mixed precision did not pay here: no method is above uniform widths.")
+    wanted = "Mixed precision did not pay here: no learned widths are above uniform ones "
+    assert said[0] == ("bad", f"{wanted}(established below for mpdnn).")
     assert said[1][0] == "bad"
     assert said[1][1].startswith("mpdnn did not pay. Against uniform −1.00* (3 seeds paired")
+
+
+def test_a_loss_within_the_noise_is_not_established():
+    said = sentences(compared(uniform=[90.0, 91.0, 92.0], mpdnn=[89.0, 91.2, 92.1]))
+    assert said[0][1].endswith("no learned widths are above uniform ones (established below for none with 3 seeds).")
+    assert said[1][1].startswith("mpdnn is below uniform, which is not established.")
+
+
+def test_a_gain_that_is_established_alone_is_not_so_among_many_methods():
+    gain = [90.6, 91.5, 92.9]  # p = 0.014
+    alone = sentences(compared(uniform=[90.0, 91.0, 92.0], mpdnn=gain))
+    among = sentences(
+        compared(
+            uniform=[90.0, 91.0, 92.0],
+            mpdnn=gain,
+            **{f"other{i}": [90.1 - 0.1 * i, 91.2, 91.7 + 0.1 * i] for i in range(4)},
+        )
+    )
+    assert alone[0][1].startswith("Mixed precision paid here: mpdnn is established above uniform widths")
+    assert among[0] == (
+        "plain",
+        "Whether mixed precision pays here is not established: mpdnn would be above uniform widths if nothing "
+        "else had been tried, but 5 methods were.",
+    )
+
+
+def test_a_gain_over_uniform_that_is_not_one_over_random_widths_does_not_pay():
+    run = compared(uniform=[90.0, 91.0, 92.0], random=[90.4, 91.7, 92.6], mpdnn=[90.5, 91.6, 92.7])
+    wanted = "mpdnn is established above uniform widths, but not above random ones."
+    assert sentences(run)[0] == ("plain", wanted)
+
+
+def test_widths_not_learned_that_are_above_uniform_are_named():
+    said = sentences(compared(uniform=[90.0, 91.0, 92.0], random=[91.0, 92.0, 93.1], mpdnn=[89.5, 90.6, 91.4]))
+    assert said[0][1].startswith("Mixed precision did not pay here: no learned widths are above uniform ones")
+    assert said[-1][1].startswith("random is established above uniform widths, without learning any: +1.03*")
+
+
+def with_widths(run: Comparison, method: str, bits: int) -> Comparison:
+    made = tuple(
+        replace(cell, network=replace(cell.network, widths={"conv.weight": bits}))
+        if cell.method == method
+        else cell
+        for cell in run.cells
+    )
+    return replace(run, cells=made)
+
+
+def test_runs_with_the_widths_of_uniform_say_nothing_of_mixed_precision():
+    run = compared(uniform=[90.0, 91.0, 92.0], mpdnn=[89.0, 90.1, 90.9])
+    run = with_widths(with_widths(run, "uniform", 2), "mpdnn", 2)
+    said = sentences(run)
+    wanted = "Every run has uniform's widths here: this says nothing of mixed precision."
+    assert said[0] == ("plain", wanted)
+    assert said[1][1].endswith("In 3 of 3 runs its widths are uniform's: no difference of widths.")
+    said = sentences(with_widths(run, "mpdnn", 3))
+    assert said[0][1].startswith("Mixed precision did not pay here")
+    assert not said[1][1].endswith("no difference of widths.")
+
+
+def test_unequal_costs_without_a_limit_and_other_finetuning_are_said():
+    run = compared(uniform=[90.0, 91.0], mpdnn=[90.5, 91.6])
+    cells = [
+        replace(cell, network=replace(cell.network, bops=1.3e7 if cell.method == "mpdnn" else 1e7))
+        for cell in run.cells
+    ]
+    run = replace(
+        run, cells=tuple(cells), methods=(run.methods[0], replace(run.methods[1], finetuning="distill 1"))
+    )
+    wanted = "Not limited and not equal, bit operations: mpdnn 30.0 % more than uniform."
+    assert ("plain", wanted) in sentences(run)
+    _, general = comparison_verdict(run)
+    assert general[0].text.startswith("Finetuned otherwise than the recipe says: mpdnn (distill 1).")
 
 
 def test_a_method_below_random_widths_is_said_to_be():

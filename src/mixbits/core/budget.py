@@ -136,11 +136,10 @@ def budget_points(text: str) -> tuple[str, ...]:
         raise ValueError(
             f"there is no budget in {text!r}; write for example weights=4bit or weights=2..4bit:5"
         )
-    twice = sorted({point for point in points if points.count(point) > 1})
+    asked = [{(limit.cost, limit.asked) for limit in _limits(point)} for point in points]
+    twice = [point for place, point in enumerate(points) if asked[place] in asked[:place]]
     if twice:
         raise ValueError(f"the budget {twice[0]} is asked for twice")
-    for point in points:
-        _limits(point)
     return points
 
 
@@ -152,7 +151,8 @@ def _points(text: str) -> list[str]:
             f"the ranges in {text.strip()!r} have different numbers of points; give them the same"
         )
     count = max(counts, default=1)
-    return [",".join(values[place % len(values)] for values in limits) for place in range(count)]
+    points = [",".join(values[place % len(values)] for values in limits) for place in range(count)]
+    return [point.replace(" ", "") for point in points]  # they name folders
 
 
 def _range(text: str) -> list[str]:

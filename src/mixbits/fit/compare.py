@@ -228,6 +228,8 @@ def run_cell(
     watchers: tuple[Name, ...] = (),
 ) -> Outcome:
     """Run the stages of one cell that are not done, from the float network of the run ``shared`` if given."""
+    if (root / STOP).exists():
+        return Outcome(name, stopped=True)
     torch.set_num_threads(threads)
     stop, told = threading.Event(), [watch(name)]
 
@@ -306,13 +308,16 @@ def _front(cells: list[dict[str, Any]], cost: str) -> list[dict[str, str]]:
 
 def _method(matrix: Matrix, name: str) -> dict[str, Any]:
     recipe = next(cell.recipe for cell in matrix.cells if cell.method == name)
-    method = method_named(name)
+    method, asked = method_named(name), to_dict(recipe.finetune)
+    tuned = method_of(recipe).finetuning(recipe.finetune)
+    own = {option: value for option, value in to_dict(tuned).items() if value != asked[option]}
     return {
         "method": name,
         "paper": method.paper,
         "baseline": method.baseline,
         "learn_epochs": method_of(recipe).epochs,
-        "finetune_epochs": method_of(recipe).finetuning(recipe.finetune).epochs,
+        "finetune_epochs": tuned.epochs if recipe.train else 0,
+        "finetuning": ", ".join(f"{option} {value}" for option, value in own.items()) or None,
     }
 
 

@@ -131,10 +131,19 @@ def matrix_of(command: Command, recipe: AnyRecipe) -> Matrix:
     if options.seeds < 1 or options.jobs < 1:
         raise ValueError("--seeds and --jobs must be 1 or more")
     methods = compared_methods(options.methods) if isinstance(options, Compare) else (recipe.method,)
+    if options.epochs < 0 or options.learn_epochs < 0:
+        raise ValueError("--epochs and --learn-epochs must be 0 or more")
     budgets = budget_points(options.budgets or recipe.budget)
-    budgets = tuple(budget.replace(" ", "") for budget in budgets)  # they name folders
     seeds = tuple(range(recipe.seed, recipe.seed + options.seeds))
     epochs = options.epochs or method_of(recipe).epochs + recipe.finetune.epochs
+    if not recipe.train:
+        training = [name for name in methods if getattr(recipe, name).epochs]
+        if training:
+            raise ValueError(
+                f"--no-train leaves out what trains to learn widths ({', '.join(training)}): "
+                + ("give --methods sensitivity" if command == "compare" else "give --method sensitivity")
+            )
+        epochs = 0
     cells = tuple(
         Cell(method, budget, seed, cell_recipe(recipe, method, budget, seed, options=options, epochs=epochs))
         for seed in seeds

@@ -53,7 +53,7 @@ SEEN = 64  # samples of each part of the data that a checkpoint remembers
 # What a run that was killed before it wrote its recipe may have left.
 BEGUN = {
     *(".lock", "stages", "checkpoints", "metrics.jsonl", ".metrics.jsonl.tmp"),
-    *("started.json", ".started.json.tmp", ".recipe.json.tmp"),
+    *("started.json", ".started.json.tmp", "made_of.json", ".made_of.json.tmp", ".recipe.json.tmp"),
 }
 
 
@@ -174,6 +174,11 @@ class Run:
         marks = [array for part, (x, y) in zip(parts, samples, strict=True) for array in (part.targets, x, y)]
         return f"{len(parts[0])} + {len(parts[1])} samples, {fingerprint(*marks)}"
 
+    @property
+    def made_of(self) -> dict[str, str]:
+        """What a recipe names and does not hold: a run of many stages must find it unchanged."""
+        return {"the network": fingerprint(str(self.graph.module)), "the data": self.contents}
+
     def loop(self, stage: str, policy: Policy | None = None) -> Loop:
         """How this run's loops train, with the stage's checkpoint; it goes on for the same run only.
 
@@ -263,6 +268,13 @@ def _check_folder(run: Run, *, resume: bool) -> None:
                 f"{path} was started with other options: {other}; "
                 "resume with the same ones, or choose another --out"
             )
+        began = run.folder.read_json("made_of.json") if (path / "made_of.json").exists() else {}
+        changed = [name for name, mark in run.made_of.items() if began.get(name, mark) != mark]
+        if changed:
+            raise ValueError(
+                f"{path} was started with something else: {' and '.join(changed)} changed since; put back what "
+                "it was, or choose another --out"
+            )
     elif path.exists() and any(entry.name not in BEGUN for entry in path.iterdir()):
         raise ValueError(f"{path} exists and is not the folder of a mixbits run; choose another --out")
 
@@ -280,6 +292,7 @@ def opened(run: Run, *, resume: bool) -> Iterator[None]:
         if not (run.folder / "recipe.json").exists():
             run.folder.write_bytes("metrics.jsonl", b"")  # a run that does not train has no row
             run.folder.write_json("started.json", time.strftime("%Y-%m-%dT%H:%M:%S"))
+            run.folder.write_json("made_of.json", run.made_of)
             run.folder.write_json("recipe.json", to_dict(run.recipe))
 
     with ExitStack() as locked:

@@ -1,5 +1,7 @@
 """Reversed: the integer program of ``sensitivity`` with its ranking turned round. The sanity check.
 
+What is turned round is the harm for each value of a tensor, since limits count bits of values: the program
+gives most bits where one bit more for every value costs little and saves much.
 A method whose result is no better than this one's has learned nothing about its network.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import log2
+from statistics import fmean
 from typing import ClassVar
 
 from mixbits.graph.quant_graph import QuantGraph
@@ -34,13 +37,15 @@ class Reversed(Method):
         harm = sensitivity(graph, observe_float(graph, images), allowed)
         turned: dict[str, dict[int, float]] = {}
         for sites in (graph.profile.weights, graph.profile.activations):
-            # A site's level: its harm without what every bit does to it, a factor of four.
+            # A site's level: log2 of the harm a value, without what every bit does to it, a factor of four.
             level = {
-                site.name: sum(log2(max(value, 1e-30)) + 2 * b for b, value in harm[site.name].items())
-                / len(harm[site.name])
+                site.name: fmean(log2(max(value, 1e-30)) + 2 * b for b, value in harm[site.name].items())
+                - log2(site.elements)
                 for site in sites
             }
-            ranked = sorted(level, key=level.__getitem__)
-            for name, opposite in zip(ranked, reversed(ranked), strict=True):
-                turned[name] = {b: 2.0 ** level[opposite] * 4.0**-b for b in allowed.widths[name]}
+            ranked = sorted(sites, key=lambda site: level[site.name])
+            for site, opposite in zip(ranked, reversed(ranked), strict=True):
+                turned[site.name] = {
+                    b: site.elements * 2.0 ** level[opposite.name] * 4.0**-b for b in allowed.widths[site.name]
+                }
         return Learned(graph, least_harm(graph.profile, target.budget, allowed, turned), fill=False)

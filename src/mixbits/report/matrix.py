@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
 from mixbits.report.read import Limit, Network, Site, checked, many, read_document
 
@@ -48,6 +48,7 @@ class Compared:
     method: str
     baseline: bool  # what the others must beat
     paper: str | None = None
+    finetuning: str | None = None  # its options of finetuning that are not the recipe's
     learn_epochs: float | None = None
     finetune_epochs: float | None = None
 
@@ -109,9 +110,8 @@ class Paired:
 
     n: int
     mean: float
-    half: (
-        float | None
-    )  # half the width of the confidence interval of the mean (Student's t); None for one seed
+    half: float | None  # half the width of the mean's confidence interval (Student's t); None for one seed
+    chance: float = 1.0  # of so large a mean, to either side, where there is no difference (Student's t)
 
     @property
     def established(self) -> bool:
@@ -177,10 +177,18 @@ def paired(one: Group, other: Group) -> Paired | None:
     n = len(differences)
     if not n:
         return None
-    half = None
-    if n > 1:
-        half = float(stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) * stdev(differences) / math.sqrt(n)
-    return Paired(n, fmean(differences), half)
+    mean = fmean(differences)
+    if n == 1:
+        return Paired(n, mean, None)
+    error = stdev(differences) / math.sqrt(n)
+    chance = 2 * float(stdtr(n - 1, -abs(mean) / error)) if error else float(mean == 0)
+    return Paired(n, mean, float(stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) * error, chance)
+
+
+def same_widths(one: Group, other: Group) -> int:
+    """In how many runs of the first the widths are those of the second with the same seed."""
+    theirs = {cell.seed: cell.network.widths for cell in other.cells}
+    return sum(bool(cell.network.widths) and cell.network.widths == theirs.get(cell.seed) for cell in one.cells)
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:

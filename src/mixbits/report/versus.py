@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mixbits.report.matrix import CONFIDENCE, LEAST_SEEDS, Comparison, Group, Paired, front, paired
+from mixbits.report.matrix import (
+    CONFIDENCE,
+    LEAST_SEEDS,
+    Comparison,
+    Group,
+    Paired,
+    front,
+    paired,
+    same_widths,
+)
 from mixbits.report.verdict import Sentence, met, some
 from mixbits.report.words import bits, fixed, limit_name, percent, points
 
 UNIFORM = "uniform"
+APART = 0.05  # fraction by which a cost without a limit may differ before it is said
 UNEQUAL = 0.005  # fraction of a limit; packed bytes round up by less, so a larger difference is a choice
 
 
@@ -66,49 +76,105 @@ def _budget(comparison: Comparison, budget: str) -> list[Sentence]:
             *_over(groups),
         ]
     sentences = [_headline(learned, uniform, others), *_over(groups), *_spent(groups, uniform)]
+    sentences += _unlimited(learned, uniform)
     for group in learned:
         pair = paired(group, uniform)
         if pair is not None:
-            sentences.append(_differences(group, pair, others))
+            sentences.append(_differences(group, uniform, pair, others))
+    for group in others:
+        pair = paired(group, uniform)
+        if pair is not None and pair.established and pair.mean > 0:
+            text = f"{group.method} is established above uniform widths, without learning any"
+            sentences.append(Sentence(f"{text}: {_mark(pair)} ({interval(pair)}).", "plain"))
     return sentences
 
 
 def _headline(learned: Sequence[Group], uniform: Group, others: Sequence[Group]) -> Sentence:
+    """What the budget says of mixed precision: runs that have uniform's widths throughout say nothing."""
     pairs = {group.method: pair for group in learned if (pair := paired(group, uniform)) is not None}
     if not pairs:
         return Sentence("No method that learns widths has a result here.", "bad")
-    inside = {group.method for group in learned if not _exceeded(group)}
-    gains = [name for name, pair in pairs.items() if pair.established and pair.mean > 0 and name in inside]
+    mixed = [group for group in learned if same_widths(group, uniform) < len(group.cells)]
+    pairs = {group.method: pairs[group.method] for group in mixed if group.method in pairs}
+    if not pairs:
+        return Sentence("Every run has uniform's widths here: this says nothing of mixed precision.", "plain")
+    inside = {group.method for group in mixed if not _exceeded(group)}
+    alone = [name for name, pair in pairs.items() if pair.established and pair.mean > 0 and name in inside]
+    gains = [name for name in alone if name in _beyond_chance(pairs)]
     if gains:
-        verb = "is" if len(gains) == 1 else "are"
-        beaten = {group.method for group in learned for other in others if _below(group, other)}
-        if beaten.issuperset(gains):
-            text = (
-                f"{some(gains)} {verb} established above uniform widths, but below widths not learned at all"
-            )
-            return Sentence(f"{text}: learning did not pay here.", "bad")
+        return _against_others(gains, mixed, others)
+    if alone:
         return Sentence(
-            f"Mixed precision paid here: {some(gains)} {verb} established above uniform widths.", "good"
+            f"Whether mixed precision pays here is not established: {some(alone)} would be above uniform "
+            f"widths if nothing else had been tried, but {len(pairs)} methods were.",
+            "plain",
         )
-    if all(pair.mean <= 0 for pair in pairs.values()):
-        return Sentence("Mixed precision did not pay here: no method is above uniform widths.", "bad")
     seeds = _seeds(max(pair.n for pair in pairs.values()))
-    return Sentence(f"Whether mixed precision pays here is not established with {seeds}.", "plain")
+    if any(pair.mean > 0 for pair in pairs.values()):
+        return Sentence(f"Whether mixed precision pays here is not established with {seeds}.", "plain")
+    below = [name for name, pair in pairs.items() if pair.established]
+    sure = f"established below for {some(below)}" if below else f"established below for none with {seeds}"
+    return Sentence(
+        f"Mixed precision did not pay here: no learned widths are above uniform ones ({sure}).", "bad"
+    )
 
 
-def _differences(group: Group, pair: Paired, others: Sequence[Group]) -> Sentence:
+def _against_others(gains: Sequence[str], learned: Sequence[Group], others: Sequence[Group]) -> Sentence:
+    """What a gain over uniform widths is worth beside widths that nothing was learned for."""
+    text = f"{some(gains)} {_is(gains)} established above uniform widths"
+    against = {
+        group.method: [pair for other in others if (pair := paired(group, other)) is not None]
+        for group in learned
+        if group.method in gains
+    }
+    if all(any(pair.mean < 0 for pair in against[name]) for name in gains):
+        return Sentence(f"{text}, but below widths not learned at all: learning did not pay here.", "bad")
+    paid = [name for name in gains if all(pair.mean > 0 and pair.established for pair in against[name])]
+    names = [other.method for other in others if other.cells]
+    if not paid:
+        return Sentence(f"{text}, but not above {' and '.join(names)} ones.", "plain")
+    text = f"{some(paid)} {_is(paid)} established above {' and '.join([UNIFORM, *names])} widths"
+    return Sentence(f"Mixed precision paid here: {text}.", "good")
+
+
+def _is(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"
+
+
+def _beyond_chance(pairs: dict[str, Paired]) -> set[str]:
+    """The differences that are established among all of them (Holm 1979): most certain first.
+
+    >>> one, two = Paired(3, 1.0, 0.8, 0.03), Paired(3, 1.0, 0.9, 0.04)
+    >>> _beyond_chance({"a": one}), _beyond_chance({"a": one, "b": two})
+    ({'a'}, set())
+    """
+    found = set[str]()
+    ranked = sorted(pairs, key=lambda name: pairs[name].chance)
+    for left, name in zip(range(len(ranked), 0, -1), ranked, strict=True):
+        if not pairs[name].established or pairs[name].chance > (1 - CONFIDENCE) / left:
+            break
+        found.add(name)
+    return found
+
+
+def _differences(group: Group, uniform: Group, pair: Paired, others: Sequence[Group]) -> Sentence:
     """A method in one line: its differences to uniform widths, with the interval, and to the rest."""
     pairs = {other.method: against for other in others if (against := paired(group, other)) is not None}
-    if pair.mean <= 0:
-        verdict = "did not pay"
+    if pair.established:
+        verdict = "paid" if pair.mean > 0 else "did not pay"
     else:
-        verdict = "paid" if pair.established else "is above uniform, which is not established"
+        side = "above" if pair.mean > 0 else "below" if pair.mean < 0 else "level with"
+        verdict = f"is {side} uniform, which is not established"
     told = [f"uniform {_mark(pair)} ({interval(pair)})"]
     told += [f"{name} {_mark(against)}" for name, against in pairs.items()]
     least = min([pair.mean, *(against.mean for against in pairs.values())])
     sure = all(against.established for against in [pair, *pairs.values()])
     tone = "bad" if least <= 0 else "good" if sure else "plain"
-    return Sentence(f"{group.method} {verdict}. Against {', '.join(told)}.", tone)
+    text = f"{group.method} {verdict}. Against {', '.join(told)}."
+    same = same_widths(group, uniform)
+    if same:
+        text += f" In {same} of {len(group.cells)} runs its widths are uniform's: no difference of widths."
+    return Sentence(text, tone)
 
 
 def _mark(pair: Paired) -> str:
@@ -128,6 +194,29 @@ def _spent(groups: dict[str, Group], uniform: Group) -> list[Sentence]:
         if parts:
             spent = f"uniform uses {_percent(share)} of the limit, {', '.join(parts)}"
             text = f"Not an equal spend of {limit_name(name).lower()}: {spent}."
+            sentences.append(Sentence(text, "plain"))
+    return sentences
+
+
+def _unlimited(learned: Sequence[Group], uniform: Group) -> list[Sentence]:
+    """Where methods differ from uniform widths in a cost that the budget does not limit."""
+    limited = set(uniform.shares())
+    sentences = []
+    for what, covered, read in (
+        ("bit operations", {"bops"}, lambda cell: cell.network.bops),
+        ("weights", {"weights", "weight_bits", "size"}, lambda cell: cell.network.weight_bytes),
+    ):
+        base = uniform.mean(read)
+        if not base or covered & limited:
+            continue
+        used = {group.method: use / base - 1 for group in learned if (use := group.mean(read)) is not None}
+        parts = [
+            f"{method} {_percent(abs(more))} {'more' if more > 0 else 'less'}"
+            for method, more in used.items()
+            if abs(more) > APART
+        ]
+        if parts:
+            text = f"Not limited and not equal, {what}: {', '.join(parts)} than uniform."
             sentences.append(Sentence(text, "plain"))
     return sentences
 
@@ -209,11 +298,15 @@ def _epochs(comparison: Comparison) -> list[Sentence]:
         for entry in comparison.methods
         if entry.epochs is not None and entry.epochs != comparison.epochs
     ]
-    if not other or comparison.epochs is None:
-        return []
-    return [
-        Sentence(f"Not trained for {bits(comparison.epochs)} epochs like the others: {some(other)}.", "bad")
-    ]
+    sentences = []
+    if other and comparison.epochs is not None:
+        text = f"Not trained for {bits(comparison.epochs)} epochs like the others: {some(other)}."
+        sentences.append(Sentence(text, "bad"))
+    own = [f"{entry.method} ({entry.finetuning})" for entry in comparison.methods if entry.finetuning]
+    if own:
+        text = f"Finetuned otherwise than the recipe says: {some(own)}. A difference may come of that."
+        sentences.append(Sentence(text, "plain"))
+    return sentences
 
 
 def _caution(comparison: Comparison) -> Sentence:
@@ -224,7 +317,9 @@ def _caution(comparison: Comparison) -> Sentence:
         "Differences are points of top-1. Established (*) means: "
         f"the {CONFIDENCE:.0%} interval of the mean difference over {LEAST_SEEDS} seeds "
         "or more leaves out zero; it covers the seeds, not the choice of test images. "
-        f"Of {tests} such comparisons one in twenty would leave out zero by chance.".replace("%", " %"),
+        f"Of {tests} such comparisons one in twenty would leave out zero by chance; that mixed precision "
+        "paid is said only of gains over uniform that also stand among all methods of the budget "
+        "(Holm's correction).".replace("%", " %"),
         "plain",
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 UNKNOWN = "–"
@@ -98,7 +99,7 @@ def amount(value: float | None, unit: str | None) -> str:
             return "1 byte" if value == 1 else f"{fixed(value, 0 if value == int(value) else 1)} bytes"
         return f"{fixed(value / KIB, 1)} KiB" if value < 10 * KIB**2 else f"{fixed(value / KIB**2, 1)} MiB"
     if unit in ("bop", "bops"):
-        return f"{fixed(value / 1e9, 3)} GBOP" if value < 1e10 else f"{fixed(value / 1e9, 1)} GBOP"
+        return f"{giga(value)} GBOP" if value < 1e10 else f"{fixed(value / 1e9, 1)} GBOP"
     if unit in ("bit", "bits"):
         return f"{value:.2f} bit"
     size, unit = LARGER.get(unit or "", (1, unit))
@@ -115,12 +116,16 @@ def kib(value: float | None) -> str:
 
 
 def giga(value: float | None) -> str:
-    """A bare number of 10^9, with four significant digits below 10.
+    """A bare number of 10^9, with three significant digits or more.
 
-    >>> giga(4.15e10), giga(6.2e8)
-    ('41.50', '0.620')
+    >>> giga(4.15e10), giga(6.2e8), giga(3.1e5)
+    ('41.50', '0.620', '0.000310')
     """
-    return UNKNOWN if value is None else fixed(value / 1e9, 3 if value < 1e10 else 2)
+    if value is None:
+        return UNKNOWN
+    if value >= 1e10:
+        return fixed(value / 1e9)
+    return fixed(value / 1e9, 3 if value >= 1e8 or not value else 11 - math.floor(math.log10(value)))
 
 
 def large(value: float) -> str:
