@@ -235,7 +235,9 @@ def test_a_loss_is_called_one():
 
 def test_a_loss_within_the_noise_is_not_established():
     said = sentences(compared(uniform=[90.0, 91.0, 92.0], mpdnn=[89.0, 91.2, 92.1]))
-    assert said[0][1].endswith("no learned widths are above uniform ones (established below for none with 3 seeds).")
+    assert said[0][1].endswith(
+        "no learned widths are above uniform ones (established below for none with 3 seeds)."
+    )
     assert said[1][1].startswith("mpdnn is below uniform, which is not established.")
 
 
@@ -252,8 +254,10 @@ def test_a_gain_that_is_established_alone_is_not_so_among_many_methods():
     assert alone[0][1].startswith("Mixed precision paid here: mpdnn is established above uniform widths")
     assert among[0] == (
         "plain",
-        "Whether mixed precision pays here is not established: mpdnn would be above uniform widths if nothing "
-        "else had been tried, but 5 methods were.",
+        (
+            "Whether mixed precision pays here is not established: mpdnn would be above uniform widths if nothing "
+            "else had been tried, but 5 methods were."
+        ),
     )
 
 
@@ -264,7 +268,9 @@ def test_a_gain_over_uniform_that_is_not_one_over_random_widths_does_not_pay():
 
 
 def test_widths_not_learned_that_are_above_uniform_are_named():
-    said = sentences(compared(uniform=[90.0, 91.0, 92.0], random=[91.0, 92.0, 93.1], mpdnn=[89.5, 90.6, 91.4]))
+    said = sentences(
+        compared(uniform=[90.0, 91.0, 92.0], random=[91.0, 92.0, 93.1], mpdnn=[89.5, 90.6, 91.4])
+    )
     assert said[0][1].startswith("Mixed precision did not pay here: no learned widths are above uniform ones")
     assert said[-1][1].startswith("random is established above uniform widths, without learning any: +1.03*")
 

@@ -253,10 +253,18 @@ def test_one_learned_step_of_a_weight_is_the_start_of_all_its_channels(captured,
     assert (step == 0.3).all()
 
 
+def test_a_wider_activation_than_was_learned_gets_a_step_that_uses_its_levels(captured, task):
+    start = {"relu": Frozen(Uniform(2, signed=False), torch.tensor(0.7))}
+
+    step = place_policy(captured, policy_of(captured, 3, 8), task.train, start=start).quantizers["relu"].step
+
+    anew = place_policy(captured, policy_of(captured, 3, 8), task.train).quantizers["relu"].step
+    assert torch.equal(step, anew)
+    assert step < 0.1
+
+
 @pytest.mark.parametrize(
-    ("level_max", "step"),
-    [(15, 0.3), (3, 1.5), (255, 0.3)],
-    ids=["same levels", "fewer: same range", "more: same step"],
+    ("level_max", "step"), [(15, 0.3), (3, 1.5)], ids=["same levels", "fewer: same range"]
 )
 def test_a_learned_step_is_carried_to_another_width(level_max, step):
     frozen = Frozen(Uniform(4, signed=False), torch.tensor(0.3))
@@ -353,6 +361,15 @@ def test_finetuning_ends_with_re_estimated_batch_norms_unless_told_otherwise(
 
     assert len(task.train) == 4
     assert student.module.bn.num_batches_tracked == tracked
+
+
+def test_distillation_of_one_output_is_refused(task):
+    torch.manual_seed(0)
+    inputs = next(task.train.epoch(0))[0]
+    network = nn.Sequential(nn.Flatten(), nn.Linear(inputs[0].numel(), 8), nn.ReLU(), nn.Linear(8, 1))
+    single = capture(network, inputs[:2])
+    with pytest.raises(ValueError, match="one output, whose softmax is always 1"):
+        finetune(single, policy_of(single, 3, 4), task, Finetune(epochs=1, distill=1.0), teacher=single)
 
 
 def test_distillation_needs_its_teacher(captured, task):

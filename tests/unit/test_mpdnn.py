@@ -464,8 +464,8 @@ def test_a_step_above_its_range_swaps_with_it():
     [
         (("u3", 0.2, 0.75, True), 9.0, 99.0, (1 - 1e-5, 99.0)),
         (("u3", 0.2, 0.75, True), 2.0**-9, 0.01, (2**-8 + 1e-5, 0.01)),
-        (("u3", 0.2, 0.75, True), 0.2, 999.0, (0.2, 0.25 * 127.49)),
-        (("u3", 0.2, 0.75, False), 0.2, 999.0, (0.2, 0.25 * 255.49)),
+        (("u3", 0.2, 0.75, True), 0.2, 999.0, (2**-0.5 * (1 + 1e-5), 127 - 1e-5)),
+        (("u3", 0.2, 0.75, False), 0.2, 999.0, (2**-1.5 * (1 + 1e-5), 127 - 1e-5)),
         (("u1", 3.0, 0.2, True), 9.0, 2.0, (8 - 1e-5, 1 - 1e-5)),
         (("u1", 3.0, 0.2, True), 1.0, 0.0, (2 + 1e-5, 2**-8 + 1e-5)),
         (("p3", 0.06, 0.9, True), 2.0**-10, 0.9, (2**-6, 0.9)),
@@ -489,6 +489,45 @@ def test_parameters_are_put_inside_their_bounds(options, first, second, projecte
     made.project_()
 
     assert (made.first.item(), made.second.item()) == pytest.approx(projected, rel=SIX_DIGITS)
+
+
+@pytest.mark.parametrize(("most_bits", "whole"), [(3, 3), (8, 127)])
+def test_a_range_too_wide_for_its_step_raises_the_step_and_at_its_bound_ends(most_bits, whole):
+    made = LearnedWidth("u3", 0.25, 0.75, signed=True, least_bits=2, most_bits=most_bits)
+    with torch.no_grad():
+        made.second.fill_(0.25 * (whole + 1))
+    made.project_()
+    first, second = made.first.item(), made.second.item()
+    assert (made.bits().item(), made.ranges()[0].item()) == (most_bits, 0.5)
+    assert second == pytest.approx(0.25 * (whole + 1))
+
+    made.project_()
+    assert (made.first.item(), made.second.item()) == (first, second)
+
+    with torch.no_grad():
+        made.second.fill_(120.0)
+    made.project_()
+    assert made.bits().item() == most_bits
+    assert made.second.item() == pytest.approx(min(whole + 0.49, 120.0))
+
+
+@pytest.mark.parametrize("most_bits", [3, 4, 8])
+def test_step_and_range_of_the_widest_width_learn_to_fit_normal_values(most_bits):
+    x = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    made = LearnedWidth("u3", 0.5, 1.5, signed=True, least_bits=2, most_bits=most_bits)
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+    losses = []
+    for _ in range(600):
+        loss = (made(x) - x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        made.project_()
+        losses.append(loss.item())
+
+    assert (
+        max(losses[-100:]) < 1.5 * losses[0]
+    )  # the power of two flips; a range that collapses has 13 times the loss
 
 
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])

@@ -210,6 +210,8 @@ def format_amount(cost: str, amount: float) -> str:
 
     >>> format_amount("weights", 71680), format_amount("bops", 5e8), format_amount("weight_bits", 3.25)
     ('70.00 KiB', '0.5000 GBOP', '3.250 bit')
+    >>> format_amount("bops", 30000), format_amount("weight_bits", 0.0001)
+    ('30.0000 kBOP', '0.0001 bit')
     """
     unit = unit_of(cost)
     if unit == "bytes":
@@ -224,4 +226,7 @@ def format_amount(cost: str, amount: float) -> str:
         return f"{amount:,.0f} cycles"
     if unit == "fJ":
         return f"{amount / UNITS['fJ']['uJ']:.4f} uJ"
-    return f"{amount:.3f} bit" if unit == "bit" else f"{amount / UNITS['bop']['G']:.4f} GBOP"
+    if unit == "bit":
+        return f"{amount:.3f} bit" if amount >= 0.1 or not amount else f"{amount:.3g} bit"
+    name = next((name for name in ("G", "M", "k") if amount >= 0.1 * UNITS["bop"][name]), "")
+    return f"{amount / UNITS['bop'][name]:.4f} {name}BOP" if name else f"{amount:.0f} BOP"

@@ -272,8 +272,8 @@ def _check_folder(run: Run, *, resume: bool) -> None:
         changed = [name for name, mark in run.made_of.items() if began.get(name, mark) != mark]
         if changed:
             raise ValueError(
-                f"{path} was started with something else: {' and '.join(changed)} changed since; put back what "
-                "it was, or choose another --out"
+                f"{path} was started with something else: {' and '.join(changed)} changed since; "
+                "put back what it was, or choose another --out"
             )
     elif path.exists() and any(entry.name not in BEGUN for entry in path.iterdir()):
         raise ValueError(f"{path} exists and is not the folder of a mixbits run; choose another --out")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, fx, nn
 
@@ -52,6 +52,14 @@ class QuantGraph:
         owner, _, leaf = str(self.node(site).target).rpartition(".")
         return getattr(self.module.get_submodule(owner), leaf)
 
+    def placed(self) -> list[tuple[Quantizer, Tensor | None]]:
+        """The placed quantizers, each with the float parameter that it quantizes, if it is a weight's."""
+        weights = {site.name for site in self.profile.weights}
+        return [
+            (quantizer, self.weight(site) if site in weights else None)
+            for site, quantizer in self.quantizers.items()
+        ]
+
     def network_parameters(self) -> list[nn.Parameter]:
         """Parameters of the network itself, quantizers excluded."""
         return [p for name, p in self.module.named_parameters() if not name.startswith("quantizers.")]
@@ -59,6 +67,14 @@ class QuantGraph:
     def copy(self) -> QuantGraph:
         """An independent copy: parameters, quantizers and graph."""
         return QuantGraph(copy.deepcopy(self.module), self.profile, self._site_nodes)
+
+
+def project_(placed: Iterable[tuple[Quantizer, Tensor | None]]) -> None:
+    """Put the quantizers of :meth:`QuantGraph.placed` back into their legal sets, after an update."""
+    for quantizer, weight in placed:
+        quantizer.project_()
+        if weight is not None:
+            quantizer.follow_(weight)
 
 
 def _key(site: str) -> str:

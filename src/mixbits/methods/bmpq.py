@@ -21,11 +21,13 @@ at or after the warm-up. A training too short for one solves once, at ``freeze``
 Deviation: objective ``max -sum s 4**-q``, a site's s not multiplied by its size. With two candidates, as the
 paper's 2 and 4 bits, it chooses as ``max sum s q`` does (``value="linear"``). With more the linear one fills
 the budget with the widest and the narrowest: on handwritten digits, trained start, 3 bits of 2 to 8, mean of
-3 seeds, 97.3 % against 98.0 % (uniform 3 bits: 98.1 %). Among equal solutions the solver's is taken, which
-need not be the cheapest.
+3 seeds, 97.3 % against 98.0 % (uniform 3 bits: 98.1 %). Of equal
+solutions the solver takes the one that uses least of the limits.
 Deviation: the step of weights is by default a learned scalar (LSQ), set anew by squared error whenever the
 width changes; ``scale="max"`` is ``max|W|`` over the largest level, which at 2 bits makes 9 of 10 normally
 distributed weights zero. One bit is -1/+1 and has mean|W| for a step with ``scale="max"``.
+Deviation: the gradient passes to weights beyond the largest level too, although the learned step clips them:
+|g| is to be that of the quantized weight everywhere, and a clipped weight must find its way back.
 Deviation: activations do not have bit gradients here. They share one width, or with
 ``activations="searched"`` each is a variable of the integer program, as sensitive as the layers that read
 it. Their clips start from observed values. Signed tensors are clipped to ``-alpha .. alpha``.
@@ -50,9 +52,9 @@ from mixbits.core.profile import Profile, Site
 from mixbits.graph.quant_graph import QuantGraph, put_
 from mixbits.quant.functional import clip, straight_through
 from mixbits.quant.observe import mse_step
-from mixbits.quant.quantizer import SMALLEST_STEP, Frozen, Quantizer
+from mixbits.quant.quantizer import SMALLEST_STEP, Frozen, Quantizer, limit_step_
 from mixbits.search.fit import fit
-from mixbits.search.greedy import Choices, noise_power
+from mixbits.search.greedy import Choices, InfeasibleError, noise_power
 from mixbits.search.ilp import least_harm
 from mixbits.train.finetune import OBSERVED_BATCHES, Finetune, observe
 from mixbits.train.method import Learned, Method, Target
@@ -179,6 +181,11 @@ class SwitchedWeight(SwitchedWidth):
         """Keep the step positive."""
         self.step.clamp_min_(SMALLEST_STEP)
 
+    def follow_(self, weight: Tensor) -> None:
+        """Keep a learned step where its levels are of use."""
+        if self.scale == "learned":
+            limit_step_(self.step, weight, self.grid())
+
 
 class Clipped(SwitchedWidth):
     """An activation clipped at a learned ``alpha`` and rounded: PACT (Choi et al. 2018, arXiv 1805.06085).
@@ -295,14 +302,31 @@ def solving_steps(total: int, *, interval: int, warmup: int, freeze: int) -> lis
 def one_activation_width(profile: Profile, target: Target, allowed: Choices) -> Choices:
     """The choices that are left when all activations have one width, as far as each can.
 
-    It is that of :meth:`~mixbits.train.method.Target.widest_pair`. Activations that share their width with a
-    weight stay with it.
+    It is the width at which the integer program, with equal sensitivities, does least harm to weights and
+    activations together. Activations that share their width with a weight stay with it. Where no one width
+    fits, which only a limit on latency can bring about, all choices are left.
     """
     weights = {site.name for site in profile.weights}
-    tied = {name for group in allowed.groups if weights.intersection(group) for name in group}
-    pair = target.widest_pair(profile) or allowed.at(lowest=True)
-    left = {site: widths if site in tied else (pair[site],) for site, widths in allowed.widths.items()}
-    return Choices(left, allowed.groups)
+    free = [name for group in allowed.groups if weights.isdisjoint(group) for name in group]
+    found: list[tuple[float, int, Choices]] = []
+    for bits in sorted({width for site in free for width in allowed.widths[site]}):
+        one = {
+            site: (
+                max(
+                    (width for width in allowed.widths[site] if width <= bits),
+                    default=allowed.widths[site][0],
+                ),
+            )
+            for site in free
+        }
+        left = Choices({**allowed.widths, **one}, allowed.groups)
+        try:
+            solution = solve(profile, target, left, dict.fromkeys(weights, 1.0), concave=True)
+        except InfeasibleError:
+            continue
+        harm = sum(noise_power(site, width) for site, width in solution.items())
+        found.append((harm, -bits, left))
+    return min(found, key=lambda entry: entry[:2])[2] if found else allowed
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ the trained weight (limited to the range), and ``tanh`` takes the weight over th
 above one. After learning the transformed weights are written back.
 Deviation: the largest ``|tanh w|`` has no gradient (DoReFa's code lets it through; it concerns one weight).
 Deviation: one bit is -1/+1 times the range, as the formula says, not DoReFa's mean magnitude, so that all
-candidates share one scale.
+candidates share one range. Their magnitudes differ all the same, and where no batch norm follows, the
+strengths can reward the scale: on digits the last layer leant to 1 bit, whose larger logits had less loss.
+Deviation: first and last layers are searched like any other; pin them to leave them out, as the recipe does.
 Deviation: activations are PACT (arXiv 1805.06085) with one clip for all candidates and the gradient of the
 rounding error inside the clip; signed tensors are clipped on both sides and take the grid of the weights.
 Ranges and clips start at the least squared error of the mixture, and their gradient is divided by the square
@@ -57,7 +59,7 @@ from mixbits.train.finetune import observe
 from mixbits.train.method import Learned, Method, Target
 from mixbits.train.norms import reestimate_batch_norm_
 from mixbits.train.penalty import used
-from mixbits.train.steps import Loop, Schedule, steps
+from mixbits.train.steps import DivergedError, Loop, Schedule, steps
 from mixbits.train.task import Batches, Task, TwoHalves
 from mixbits.train.training import Training
 
@@ -287,11 +289,16 @@ def expected_excess(profile: Profile, bits: Mapping[str, Any], budget: Budget) -
     """``sum_j max(0, E[used_j] / asked_j - 1)`` over the limits of a budget; ``bits`` are expected widths.
 
     A product of an expected weight width and an expected activation width is the expected product, because
-    the two are chosen independently; so operations and sums of bytes are exact expectations. Latency and
-    Bit Fusion's costs are not: they are those at the expected widths, interpolated between known ones.
+    the two are chosen independently; so operations and sums of bytes are exact expectations. The others are
+    costs at the expected widths: latency and Bit Fusion's, interpolated between known widths, and the largest
+    activation and the activation peak, whose expectation is no less.
     """
-    excess = [torch.relu(limit.used(profile, bits) / limit.asked - 1.0) for limit in budget.limits]
-    return torch.stack(excess).sum()
+    total = torch.zeros((), device=next((b.device for b in bits.values() if isinstance(b, Tensor)), None))
+    for limit in budget.limits:
+        cost = limit.used(profile, bits)
+        if isinstance(cost, Tensor):  # else nothing that it counts can change
+            total = total + torch.relu(cost / limit.asked - 1.0)
+    return total
 
 
 @dataclass(frozen=True)
@@ -335,6 +342,11 @@ class EBS(Method):
                 outputs = forward(inputs).float()
             share = processes.share(inputs, data.other)
             value = task.loss(outputs, targets) * share + learning.penalty()
+            if not torch.isfinite(value):
+                raise DivergedError(
+                    "ebs: the loss on the strengths' half of the data became infinite or not a number; lower "
+                    "--ebs.lr or --ebs.strength-lr, or look for such values in the data"
+                )
             grads = torch.autograd.grad(value, learning.strengths)
             processes.average_(grads)
             for strength, grad in zip(learning.strengths, grads, strict=True):
@@ -379,9 +391,10 @@ class EBS(Method):
         self, graph: QuantGraph, batches: Batches, target: Target, updates: int, device: torch.device
     ) -> _Learning:
         """Mixtures on every site, equal strengths."""
+        seed = int(torch.randint(1 << 31, ()))  # before a DataLoader is read, which seeds torch anew
         mixtures = self._place_(graph, batches, target, device)
         graph.module.to(device)
-        return _Learning(self, graph, batches, target.budget, mixtures, updates, device)
+        return _Learning(self, graph, batches, target.budget, mixtures, updates, device, seed)
 
     def _place_(
         self, graph: QuantGraph, batches: Batches, target: Target, device: torch.device
@@ -424,6 +437,7 @@ class _Learning:
         mixtures: Mapping[str, Mixture],
         updates: int,
         device: torch.device,
+        seed: int,
     ) -> None:
         self._method, self._graph, self._batches, self._budget = method, graph, batches, budget
         self._mixtures, self._updates, self._device = mixtures, updates, device
@@ -435,7 +449,7 @@ class _Learning:
             {"params": [mixture.clip for mixture in mixtures.values()]},
         ]
         # Seeded by the run's random numbers, so that a run's seed is the only one.
-        self._generator = torch.Generator().manual_seed(int(torch.randint(1 << 31, ())))
+        self._generator = torch.Generator().manual_seed(seed)
         self.draw_(0.0)
 
     def draw_(self, progress: float) -> None:

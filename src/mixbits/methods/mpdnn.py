@@ -3,9 +3,13 @@
 Uhlich et al., "Mixed Precision DNNs: All you need is a good parametrization", ICLR 2020, arXiv 1905.11452.
 ``d`` is the step, ``q_max`` (``q_min``) the largest (smallest) magnitude, ``b`` the width.
 
-Deviation: widths above 8 bits are not packable, so ``project_`` keeps ``q_max`` within 8 bits of ``d`` (the
-paper's networks have a few layers of 9 and 10 bits). Power-of-two grids keep ``q_max / q_min`` within the
-levels of one byte.
+Deviation: widths above 8 bits are not packable (the paper's networks have a few layers of 9 and 10 bits), and
+none is wider than the widest candidate: where a range needs more, ``project_`` raises ``d``. (Cutting
+``q_max`` instead lets the range collapse: the error's gradient lowers ``d`` all the time.) Power-of-two grids
+keep ``q_max / q_min`` within the levels of one byte, so more than 4 bits add no level: 4 is their widest, and
+a site that is pinned to more has a uniform grid.
+Deviation: power-of-two networks have no learned scale of the logits, as size-constrained ones have in the
+authors' code; networks that start untrained take the start from the weights' largest magnitude, not d = 1/8.
 Deviation: activation ranges start from observed values (option ``activation_start="paper"`` gives the paper's
 data-free start): the paper's is made for batch-normalized ReLUs and does not know signed tensors.
 Deviation: the network's input is quantized like any other site unless it is pinned; the paper leaves it in
@@ -29,13 +33,14 @@ for activations.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isnan
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mixbits.core.grid import MAX_BITS, Codebook, Grid, Uniform, level_count, uniform_range
-from mixbits.core.profile import Site
+from mixbits.core.profile import Profile, Site
 from mixbits.graph.quant_graph import QuantGraph, put_
 from mixbits.quant.functional import (
     ceil,
@@ -48,8 +53,11 @@ from mixbits.quant.functional import (
 )
 from mixbits.quant.observe import mse_step
 from mixbits.quant.quantizer import Frozen, LearnedStep, Quantizer
+from mixbits.search.greedy import Choices
+from mixbits.search.ilp import check_feasible
 from mixbits.train.finetune import observe
-from mixbits.train.method import Learned, Method, Target, full_grid, usual_grid
+from mixbits.train.method import Learned, Method, Target, usual_grid
+from mixbits.train.norms import reestimate_batch_norm_
 from mixbits.train.penalty import squared_excess, used
 from mixbits.train.steps import Loop, Schedule
 from mixbits.train.task import Batches, Task
@@ -58,8 +66,10 @@ from mixbits.train.training import Training, drive
 Parametrization = Literal["u3", "u2", "u1", "p3", "p2", "p1"]
 
 MARGIN = 1e-5  # parameters stay this far inside their bounds, where a clip would stop their gradient
+SMALL = 4e-3  # or this fraction of a bound that is small itself
 PAPER_START = 4  # bits
 LARGEST_RATIO_EXPONENT = 6  # power-of-two levels 1 .. 64 (and their negatives) are the widest that fit int8
+WIDEST_POWERS = 4  # bits of these levels
 SQRT2 = 2.0**0.5
 MEAN_OVER = 0.1  # share of the training steps that the running mean of a width looks back on
 LEARNING_NORM_BATCHES = 30  # batches that estimate batch-norm statistics while and after widths are learned
@@ -148,11 +158,14 @@ def power_of_two_grid(bits: int, exponent: int, *, signed: bool) -> Codebook:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Legal ranges of the parameters, from the authors' CIFAR-10 code."""
+    """Legal ranges of the parameters, from the authors' CIFAR-10 code; the defaults are those of weights."""
 
     step: tuple[float, float] = (2.0**-8, 1.0)
-    q_max: tuple[float, float] = (2.0**-8, 255.0)
-    q_min: tuple[float, float] = (2.0**-16, 255.0)
+    q_max: tuple[float, float] = (2.0**-8, 127.0)
+    q_min: tuple[float, float] = (2.0**-16, 127.0)
+
+
+OF_ACTIVATIONS = Bounds(q_max=(2.0**-8, 255.0), q_min=(2.0**-14, 255.0))
 
 
 class LearnedWidth(Quantizer):
@@ -256,15 +269,18 @@ class LearnedWidth(Quantizer):
         """Keep both parameters inside their bounds, ``d <= q_max`` by swapping, and the width packable."""
         if self.parametrization in ("u3", "p3") and self.first > self.second:
             first, second = self.first.clone(), self.second.clone()
-            self.first.copy_(torch.minimum(first, second - MARGIN))
-            self.second.copy_(torch.maximum(first + MARGIN, second))
+            margin = torch.clamp(second * SMALL, max=MARGIN)
+            self.first.copy_(torch.minimum(first, second - margin))
+            self.second.copy_(torch.maximum(first + margin, second))
         for value, (low, high) in zip((self.first, self.second), self.bounds, strict=True):
-            margin = min(MARGIN, (high - low) / 4)
+            margin = min(MARGIN, low * SMALL, (high - low) / 4)
             value.clamp_(low + margin, high - margin)
         if self.parametrization == "u3":
-            magnitudes = level_count(self.most_bits - self.signed) - 1
-            whole = magnitudes + 0.49  # rounds to `magnitudes` at most
-            self.second.clamp_(max=float(pow2(self.first)) * whole)
+            whole = level_count(self.most_bits - self.signed) - 1 + 0.49  # rounds to the largest code at most
+            exponent = torch.ceil(torch.log2(self.second / whole) - MARGIN)
+            self.first.clamp_(min=torch.exp2(exponent - 0.5) * (1.0 + MARGIN))  # rounds up to 2**exponent
+            self.first.clamp_(max=self.bounds[0][1])
+            self.second.clamp_(max=pow2(self.first) * whole)
         if self.parametrization == "p3":
             exponent = min(LARGEST_RATIO_EXPONENT, level_count(self.most_bits - 1) - 1)
             self.first.clamp_(min=float(pow2(self.second)) * 2.0**-exponent)
@@ -348,8 +364,8 @@ class MPDNN(Method):
         self, graph: QuantGraph, batches: Batches, target: Target, *, updates: int, device: torch.device
     ) -> Training[Learned]:
         """The same for any loop."""
-        profile = graph.profile
-        self._place_(graph, batches, target, device)
+        profile, allowed = graph.profile, self._allowed(graph.profile, target)
+        self._place_(graph, batches, target, allowed, device)
         learning = {site: q for site, q in graph.quantizers.items() if isinstance(q, LearnedWidth)}
         fixed = {site: q.grid.bits for site, q in graph.quantizers.items() if isinstance(q, LearnedStep)}
         graph.module.to(device)
@@ -372,8 +388,12 @@ class MPDNN(Method):
             return squared_excess(profile, widths(), target.budget, **strengths)
 
         def conclude() -> Learned:
+            if updates:
+                reestimate_batch_norm_(graph, batches, LEARNING_NORM_BATCHES, device)
             frozen = {site: quantizer.freeze() for site, quantizer in graph.quantizers.items()}
-            return Learned(graph, rounded_widths(), self._grid, frozen)
+            means = {site: float(quantizer.mean_bits) for site, quantizer in learning.items()}
+            asked = {**rounded_widths(), **{site: mean for site, mean in means.items() if not isnan(mean)}}
+            return Learned(graph, asked, self._grid, frozen, among=allowed)
 
         return Training(
             graph,
@@ -385,17 +405,32 @@ class MPDNN(Method):
             penalty=penalty,
             on_gradients=limit_gradients,
             measure=lambda: used(profile, target.budget, rounded_widths()),
+            estimate_norms=LEARNING_NORM_BATCHES,
         )
 
+    def _allowed(self, profile: Profile, target: Target) -> Choices:
+        """The target's choices; of power-of-two levels those that add any, where there is such a one."""
+        allowed = target.choices(profile)
+        if self.parametrization.startswith("u"):
+            return allowed
+        few = {
+            site: tuple(bits for bits in widths if bits <= WIDEST_POWERS) or widths[:1]
+            for site, widths in allowed.widths.items()
+        }
+        allowed = Choices(few, allowed.groups)
+        check_feasible(profile, target.budget, allowed)
+        return allowed
+
     def _grid(self, site: Site, bits: int) -> Grid:
-        if self.parametrization.startswith("u") or bits == 1:
+        if self.parametrization.startswith("u") or not 1 < bits <= WIDEST_POWERS:
             return usual_grid(site, bits)
         exponent = min(level_count(bits - 1) - 1, LARGEST_RATIO_EXPONENT)
         return power_of_two_grid(bits, exponent, signed=site.signed)
 
-    def _place_(self, graph: QuantGraph, batches: Batches, target: Target, device: torch.device) -> None:
+    def _place_(
+        self, graph: QuantGraph, batches: Batches, target: Target, choices: Choices, device: torch.device
+    ) -> None:
         """A :class:`LearnedWidth` on every site, a :class:`LearnedStep` where a pin leaves one width."""
-        choices = target.choices(graph.profile)
         allowed, fitting = choices.widths, target.widest_pair(graph.profile) or choices.at(lowest=True)
         activations = [site.name for site in graph.profile.activations]
         observed = observe(graph, activations, batches, device)
@@ -404,18 +439,20 @@ class MPDNN(Method):
             widths, weight = allowed[site.name], site.kind == "weight"
             values = (graph.weight(site.name).detach() if weight else observed[site.name]).reshape(1, -1)
             if len(widths) == 1:
-                grid = full_grid(site, widths[0])
+                grid = self._grid(site, widths[0])
                 placed[site.name] = LearnedStep(grid, mse_step(values, grid)[0], shared_by=values.numel())
                 continue
             asked = self.weight_start if weight else self.activation_start_bits
-            bits = min(max(asked or min(fitting[site.name] + 1, PAPER_START), widths[0]), widths[-1])
+            least = max(widths[0], 2 if site.signed else 1)
+            bits = min(max(asked or min(fitting[site.name] + 1, PAPER_START), least), widths[-1])
             step, q_max = self._start(values, bits, weight=weight, signed=site.signed)
             placed[site.name] = LearnedWidth(
                 self.parametrization,
                 *as_parameters(self.parametrization, step, q_max, bits),
                 signed=site.signed,
-                least_bits=max(widths[0], 2 if site.signed else 1),
+                least_bits=least,
                 most_bits=widths[-1],
+                bounds=Bounds() if weight else OF_ACTIVATIONS,
             )
         put_(graph, placed)
 

@@ -46,6 +46,7 @@ class Reversed(Method):
             ranked = sorted(sites, key=lambda site: level[site.name])
             for site, opposite in zip(ranked, reversed(ranked), strict=True):
                 turned[site.name] = {
-                    b: site.elements * 2.0 ** level[opposite.name] * 4.0**-b for b in allowed.widths[site.name]
+                    b: site.elements * 2.0 ** level[opposite.name] * 4.0**-b
+                    for b in allowed.widths[site.name]
                 }
         return Learned(graph, least_harm(graph.profile, target.budget, allowed, turned), fill=False)

@@ -56,9 +56,9 @@ from mixbits.quant.functional import (
     straight_through,
 )
 from mixbits.quant.observe import mse_step
-from mixbits.quant.quantizer import SMALLEST_STEP, Frozen, LearnedStep, Quantizer
-from mixbits.search.fit import fit
-from mixbits.search.greedy import Choices, InfeasibleError, noise_power
+from mixbits.quant.quantizer import SMALLEST_STEP, Frozen, LearnedStep, Quantizer, limit_step_
+from mixbits.search.greedy import Choices, InfeasibleError
+from mixbits.search.ilp import check_feasible
 from mixbits.train.finetune import Finetune, observe
 from mixbits.train.method import Learned, Method, Target
 from mixbits.train.norms import reestimate_batch_norm_
@@ -219,6 +219,11 @@ class StochasticWidth(Quantizer):
         self.steps.clamp_min_(SMALLEST_STEP)
         self.dbp.project_()
 
+    def follow_(self, weight: Tensor) -> None:
+        """Keep steps where their levels are of use."""
+        for step, grid in zip(self.steps.detach(), self.grids, strict=True):
+            limit_step_(step, weight, grid)
+
 
 class EntropyStep(Quantizer):
     """Weights on a bipolar grid with the step ``mean|w| / 2**(b - 1)``: no parameter, the weights decide.
@@ -297,14 +302,16 @@ def bin_regularization(w: Tensor, step: Tensor, grid: Grid) -> Tensor:
 class _Pull:
     """The pull of every limit on the widths, the draws, and how far learning is: the state of the search."""
 
-    def __init__(self, budget: Budget, start: Sequence[float], strength: float, device: torch.device) -> None:
+    def __init__(
+        self, budget: Budget, start: Sequence[float], strength: float, device: torch.device, seed: int
+    ) -> None:
         """``start``: what each limit's cost is at the start; ``strength``: the least that a limit pulls."""
         self.budget, self.start, self.least = budget, start, strength
         self.strengths = torch.full((len(start),), strength, device=device)
         self.excess = torch.zeros(len(start), device=device)
         self.progress = 0.0
         # Seeded by the run's random numbers, so that a run's seed is the only one.
-        self.generator = torch.Generator().manual_seed(int(torch.randint(1 << 31, ())))
+        self.generator = torch.Generator().manual_seed(seed)
 
     def penalty(self, profile: Profile, bits: Mapping[str, Any]) -> Tensor:
         """``sum_j strength_j * max(0, used_j / allowed_j - 1)``."""
@@ -376,6 +383,7 @@ class SDQ(Method):
     ) -> Training[Learned]:
         """The same for any loop; the betas have an optimizer of their own."""
         profile, allowed = graph.profile, self._allowed(graph.profile, target)
+        seed = int(torch.randint(1 << 31, ()))  # before a DataLoader is read, which seeds torch anew
         dbps = self._place_(graph, batches, allowed, device)
         graph.module.to(device)
         searched = list(dict.fromkeys(dbps.values()))
@@ -423,20 +431,11 @@ class SDQ(Method):
                 reestimate_batch_norm_(graph, batches, LEARNING_NORM_BATCHES, device)
             frozen = {site: quantizer.freeze() for site, quantizer in graph.quantizers.items()}
             asked = {**fixed, **{site: dbp.expected_bits().item() for site, dbp in dbps.items()}}
-            if not self.activation_bits:
-                return Learned(graph, asked, self._grid, frozen)
-            bits = fit(  # here and not in `learn`, which would widen activations beyond the stated width
-                profile,
-                reached(),
-                target.budget,
-                allowed,
-                damage=lambda site, width: noise_power(site, width) / noise_power(site, asked[site]),
-            )
-            return Learned(graph, bits, self._grid, frozen, fill=False)
+            return Learned(graph, asked, self._grid, frozen, among=allowed)
 
         begun = reached()
         start = [float(limit.used(profile, begun)) for limit in target.budget.limits]
-        pull = _Pull(target.budget, start, self.strength, device)
+        pull = _Pull(target.budget, start, self.strength, device, seed)
         draw()
         return Training(
             graph,
@@ -493,7 +492,8 @@ class SDQ(Method):
         """The target's choices, with one width for all activations that are not searched.
 
         Activations tied to a weight are searched with it. A site that may not have that width has the next
-        narrower one it may have, or else its narrowest.
+        narrower one it may have, or else its narrowest. Where no one width fits, which only a limit on
+        latency can bring about, activations are searched.
         """
         allowed = target.choices(profile)
         weights = {site.name for site in profile.weights}
@@ -511,21 +511,30 @@ class SDQ(Method):
             one = {site: (at(allowed.widths[site], bits),) for site in stated}
             return Choices({**allowed.widths, **one}, allowed.groups)
 
+        def feasible(bits: int) -> bool:
+            try:
+                check_feasible(profile, target.budget, narrowed(bits))
+            except InfeasibleError:
+                return False
+            return True
+
         if self.activation_bits:
-            chosen = narrowed(self.activation_bits)
-            if not target.budget.fits(profile, chosen.at(lowest=True)):
+            if not feasible(self.activation_bits):
                 raise InfeasibleError(
-                    f"activation_bits={self.activation_bits} does not fit {target.budget}, even with the "
-                    "narrowest weights; ask for fewer, or leave it 0 to choose from the budget"
+                    f"activation_bits={self.activation_bits} does not fit {target.budget} at any widths of "
+                    "the weights; ask for fewer, or leave it 0 to choose from the budget"
                 )
-            return chosen
+            return narrowed(self.activation_bits)
         fitting = []
         for weight, activation in product(set(target.weight_bits), set(target.activation_bits)):
             chosen = narrowed(activation)
             bits = {site: at(widths, weight) for site, widths in chosen.widths.items()}
             if target.budget.fits(profile, bits):
                 fitting.append((min(weight, activation), activation))
-        return narrowed(max(fitting)[1])  # the narrowest pair fits, or no choice would
+        if fitting:
+            return narrowed(max(fitting)[1])
+        widest = max((bits for bits in set(target.activation_bits) if feasible(bits)), default=None)
+        return allowed if widest is None else narrowed(widest)
 
     def _place_(
         self, graph: QuantGraph, batches: Batches, allowed: Choices, device: torch.device

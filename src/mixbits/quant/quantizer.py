@@ -12,6 +12,7 @@ from mixbits.core.grid import Codebook, Grid
 from mixbits.quant.functional import fake_quantize, level_tensor, quantize_uniform, scale_gradient, single
 
 SMALLEST_STEP = 1e-8  # keeps x / step finite in float32
+LEAST_REACH = 1 / 64  # of a weight's largest magnitude, that its largest level has at least
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,24 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def project_(self) -> None:
         """Put the parameters back into their legal set; called after every update."""
+
+    def follow_(self, weight: Tensor) -> None:
+        """The same as far as it depends on the weight that is quantized; called after ``project_``."""
+
+
+@torch.no_grad()
+def limit_step_(step: Tensor, weight: Tensor, grid: Grid) -> None:
+    """Keep a learned step where it uses the levels of its grid.
+
+    The largest level reaches at most the largest magnitude of the values that share the step, and at least
+    ``LEAST_REACH`` of it. LSQ's gradient (arXiv 1902.08153) alone lets steps run away at larger learning
+    rates, the more so the fewer values share one; values that then round to zero never bring it back
+    (docs/decisions/0017). ``step`` is ``[]`` or ``[channels, 1, ...]``.
+    """
+    rows = weight.detach().flatten(1) if step.dim() else weight.detach().reshape(1, -1)
+    top = max(grid.level_max, -grid.level_min if isinstance(grid, Codebook) else 1)
+    full = (torch.linalg.vector_norm(rows, float("inf"), 1) / top).reshape(step.shape)
+    step.copy_(torch.clamp(step, LEAST_REACH * full, full).clamp_min(SMALLEST_STEP))
 
 
 class LearnedStep(Quantizer):
@@ -95,3 +114,7 @@ class LearnedStep(Quantizer):
         """Keep the step positive."""
         with torch.no_grad():
             self.step.clamp_min_(SMALLEST_STEP)
+
+    def follow_(self, weight: Tensor) -> None:
+        """Keep the step where its levels are of use."""
+        limit_step_(self.step, weight, self.grid)

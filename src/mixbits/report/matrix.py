@@ -188,7 +188,9 @@ def paired(one: Group, other: Group) -> Paired | None:
 def same_widths(one: Group, other: Group) -> int:
     """In how many runs of the first the widths are those of the second with the same seed."""
     theirs = {cell.seed: cell.network.widths for cell in other.cells}
-    return sum(bool(cell.network.widths) and cell.network.widths == theirs.get(cell.seed) for cell in one.cells)
+    return sum(
+        bool(cell.network.widths) and cell.network.widths == theirs.get(cell.seed) for cell in one.cells
+    )
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -65,7 +65,8 @@ def finetune(
     """A copy of ``graph`` trained with every site on its grid of ``policy``, in eval mode.
 
     Weight steps are per output channel, chosen by squared error unless ``start`` has them for the same grid;
-    activation steps are ``start``'s where it has them, else chosen by squared error on training batches.
+    activation steps are ``start``'s where it has them for as many levels or more, else chosen by squared
+    error on training batches.
     ``teacher`` is the float network for distillation. ``placed`` is the network at this policy with good
     values already, as :func:`~mixbits.train.calibrate.calibrate` gives it: training starts there.
     ``quantizer`` makes what stands on a site while training, ``extra_loss`` a term of the loss from the
@@ -194,8 +195,13 @@ def place_policy(
     device = device or torch.device("cpu")
     student, start = graph.copy(), start or {}
     student.module.to(device)
-    activations = [site for site in graph.profile.activations if site.name not in start]
-    observed = observe(student, [site.name for site in activations], calibration, device)
+    kept = {  # wider ones than were learned: the learned step would leave their levels unused
+        site.name
+        for site in graph.profile.activations
+        if site.name in start and start[site.name].grid.level_max >= policy.grids[site.name].level_max
+    }
+    unknown = [site.name for site in graph.profile.activations if site.name not in kept]
+    observed = observe(student, unknown, calibration, device)
     placed: dict[str, Quantizer] = {}
     for site in graph.profile.sites:
         grid = policy.grids[site.name]
@@ -208,7 +214,7 @@ def place_policy(
                 step = mse_step(weight.flatten(1), grid)
             step = step.reshape(-1, *[1] * (weight.dim() - 1))
             shared = weight[0].numel()
-        elif site.name in start:
+        elif site.name in kept:
             step, shared = rescaled_step(start[site.name], policy.grids[site.name].level_max), site.elements
         else:
             step, shared = mse_step(observed[site.name][None], grid)[0], site.elements
@@ -231,8 +237,8 @@ def restore_policy(graph: QuantGraph, policy: Policy, state: Mapping[str, Tensor
 
 
 def rescaled_step(frozen: Frozen, level_max: int) -> Tensor:
-    """A learned step carried to another number of levels: fewer keep the range, more keep the step."""
-    return frozen.step * max(frozen.grid.level_max / max(level_max, 1), 1.0)
+    """A learned step carried to fewer levels, which keep the range."""
+    return frozen.step * (frozen.grid.level_max / max(level_max, 1))
 
 
 def observe(graph: QuantGraph, sites: list[str], batches: Batches, device: torch.device) -> dict[str, Tensor]:
@@ -257,6 +263,11 @@ def _distilling(
     share, temperature = options.distill, options.temperature
 
     def loss(inputs: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
+        if outputs.shape[-1] == 1:
+            raise ValueError(
+                "distillation compares the softmax of outputs, and this network has one output, whose "
+                "softmax is always 1: leave it out with distill=0 (SDQ: distill=False)"
+            )
         with torch.no_grad(), torch.autocast(loop.device.type, torch.bfloat16, enabled=loop.bf16):
             wanted = network(inputs).float()
         imitation = F.kl_div(

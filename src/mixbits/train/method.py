@@ -92,7 +92,7 @@ class Learned:
 
     ``bits`` may be fractional or beyond the candidates: ``learn`` rounds up and repairs. ``grid_of(site,
     bits)`` is the kind of grid the method wants at the final width. ``frozen`` are its learned steps, a start
-    for finetuning.
+    for finetuning. ``among`` are the choices that repair and filling keep to, the target's if it is None.
     """
 
     graph: QuantGraph
@@ -100,6 +100,7 @@ class Learned:
     grid_of: Callable[[Site, int], Grid] = usual_grid
     frozen: Mapping[str, Frozen] = field(default_factory=dict)
     fill: bool = True  # spend what is left of the budget on wider sites
+    among: Choices | None = None
 
 
 class Method(ABC):
@@ -178,9 +179,14 @@ def begin_learning(
         learning = method.begin(
             graph.copy(), batches_of(inputs), target, updates=updates, device=torch.device(device)
         )
+
+    def conclude() -> tuple[Policy, Learned]:
+        with own_random_states():
+            return policy_of(learning.conclude(), graph.profile, target)
+
     training: Any = replace(
         learning,
-        conclude=lambda: policy_of(learning.conclude(), graph.profile, target),
+        conclude=conclude,
         identity={"method": str(method), "target": str(target), "updates": updates},
         planned=updates,
     )
@@ -198,7 +204,7 @@ def policy_of(learned: Learned, profile: Profile, target: Target) -> tuple[Polic
         profile,
         wished,
         target.budget,
-        target.choices(profile),
+        learned.among or target.choices(profile),
         damage=lambda site, width: noise_power(site, width) / noise_power(site, learned.bits[site]),
         fill=learned.fill,
     )

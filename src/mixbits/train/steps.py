@@ -11,9 +11,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from mixbits.graph.quant_graph import QuantGraph
+from mixbits.graph.quant_graph import QuantGraph, project_
 from mixbits.quant.functional import saving_inputs_only
-from mixbits.quant.quantizer import Quantizer
 from mixbits.train.checkpoint import Checkpoint, fingerprint
 from mixbits.train.norms import reestimate_batch_norm_, synchronized_norms
 from mixbits.train.processes import ALONE, Processes
@@ -124,7 +123,7 @@ def steps(
     loop = _signed(loop, graph, task, optimizer, epochs=epochs, schedule=schedule)
     processes, checkpoint, batches = loop.processes, loop.checkpoint, len(task.train)
     keep, module = keep or {}, graph.module.to(loop.device)
-    quantizers = [m for m in module.modules() if isinstance(m, Quantizer)]
+    placed = graph.placed()
     epoch, first, totals, resumed_rng = _resume_(graph, task, optimizer, loop, keep)
     processes.spread_(module.state_dict().values())
     with synchronized_norms(module, processes):
@@ -154,8 +153,7 @@ def steps(
                 processes.average_(parameter.grad for parameter in module.parameters())
                 before_update()
                 optimizer.step()
-                for quantizer in quantizers:
-                    quantizer.project_()
+                project_(placed)
                 totals["loss"] += mean.item() * len(batch[0])
                 totals["score"] += float(processes.sum(task.metric(outputs.detach(), targets)))
                 totals["count"] += len(batch[0])

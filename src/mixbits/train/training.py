@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from mixbits.graph.quant_graph import QuantGraph
+from mixbits.graph.quant_graph import QuantGraph, project_
 from mixbits.train.checkpoint import differences
 from mixbits.train.processes import processes_here
 from mixbits.train.steps import DivergedError, Loop, Schedule, Stateful, steps
@@ -104,8 +104,7 @@ class Training(Generic[Result]):
             self._check_optimizer(optimizer)
             processes_here().check_same(self.module.parameters(), NOT_AVERAGED)
             self._checked = True
-        for quantizer in self.graph.quantizers.values():
-            quantizer.project_()
+        project_(self.graph.placed())
         self.count_update(optimizer)
 
     def count_update(self, optimizer: torch.optim.Optimizer) -> None:
