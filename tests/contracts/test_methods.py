@@ -294,6 +294,34 @@ def midpoints(grid: Uniform) -> list[float]:
 
 
 @each_method
+@pytest.mark.parametrize("uneven", ["activations", "wide weights"])
+def test_latency_that_no_one_width_and_no_narrow_widths_meet(name, uneven):
+    """Layers that are quick at one pair of widths only: another for each layer, or the widest weights."""
+    ops, last = tiny().profile.ops, len(CANDIDATES) - 1
+    quick_at = [(last, (0, last)[index % 2] if uneven == "activations" else last) for index in range(len(ops))]
+    layers = tuple(
+        LayerTimes(
+            op.name,
+            op.macs,
+            tuple(tuple(10**6 if (w, a) == at else 10**7 for a in range(last + 1)) for w in range(last + 1)),
+            (),
+        )
+        for op, at in zip(ops, quick_at, strict=True)
+    )
+    table = replace(latencies(), layers=layers, rest_ns=0)
+    least = len(ops)  # milliseconds
+
+    try:
+        policy, _ = run(name, budget=f"ms={least}", latency=table)
+    except InfeasibleError as error:
+        assert "no single width for all weights and one for all activations meets" in str(error)
+        return
+
+    limit = parse_budget(f"ms={least}", table)
+    assert limit.fits(tiny().profile, policy.bits)
+
+
+@each_method
 def test_the_network_that_was_learned_with_keeps_the_names_of_the_given_one(name):
     _, found = learned(name, "weights=3bit")
     state = found.graph.module.state_dict()

@@ -321,6 +321,17 @@ def test_the_hinge_and_its_gradient_are_the_reference_ones():
     assert strengths.value.grad.tolist() == pytest.approx([-0.009768, 0.001270, 0.008498], abs=SIX_DIGITS)
 
 
+def test_a_limit_on_nothing_that_can_change_asks_nothing():
+    strengths, bits = expectation()
+
+    penalty = expected_excess(one_layer(1_000_000), bits | {"x": 8}, parse_budget("act_sum=1B"))
+
+    assert (penalty.item(), penalty.requires_grad) == (0, False)
+    both = expected_excess(one_layer(1_000_000), bits | {"x": 8}, parse_budget("act_sum=1B,bops=1"))
+    both.backward()
+    assert strengths.value.grad is not None
+
+
 def test_below_the_limit_nothing_is_asked():
     strengths, bits = expectation()
 

@@ -17,7 +17,7 @@ from mixbits.core.policy import Policy
 from mixbits.graph.quant_graph import QuantGraph, capture
 from mixbits.quant.functional import fake_quantize, saving_inputs_only
 from mixbits.quant.observe import mse_step
-from mixbits.quant.quantizer import Frozen, LearnedStep
+from mixbits.quant.quantizer import SMALLEST_STEP, Frozen, LearnedStep
 from mixbits.train.finetune import (
     Finetune,
     finetune,
@@ -148,6 +148,37 @@ def test_a_step_per_channel_gets_the_gradient_of_its_channel():
     assert quantizer.step.grad.flatten().tolist() == pytest.approx([2.6 * scale, -4.4 * scale], rel=1e-6)
 
 
+IN_USE = {
+    "8 bit": (Uniform(8, signed=True), 127),
+    "bipolar": (Uniform(2, signed=True, form="bipolar"), 3),
+    "levels": (Codebook(2, (-127, -20, 30, 90), (-70.0, 5.0, 60.0)), 127),
+}
+
+
+@pytest.mark.parametrize(("grid", "top"), IN_USE.values(), ids=IN_USE)
+def test_steps_of_weights_stay_where_their_levels_are_in_use(grid, top):
+    weight = torch.tensor([[[0.5, -2.0]], [[0.1, 0.2]], [[0.0, 0.0]], [[1.0, 0.5]]])
+    largest = torch.tensor([2.0, 0.2, 0.0, 1.0])
+    kept = 0.5 / top
+    quantizer = LearnedStep(grid, torch.tensor([99.0, 1e-6, 0.3, kept]).reshape(-1, 1, 1), shared_by=2)
+
+    quantizer.follow_(weight)
+
+    full = largest / top
+    wanted = torch.stack([full[0], full[1] / 64, torch.tensor(SMALLEST_STEP), torch.tensor(kept)])
+    torch.testing.assert_close(quantizer.step.flatten(), wanted)
+
+
+def test_training_at_a_large_rate_leaves_8_bit_weights_their_levels(captured, task):
+    trained = finetune(captured, policy_of(captured, 8, 8), task, Finetune(epochs=3, lr=0.5))
+
+    for site in captured.profile.weights:
+        step = trained.quantizers[site.name].step.flatten()
+        largest = trained.weight(site.name).detach().flatten(1).abs().amax(1)
+        assert (step * 127 <= largest * (1 + 1e-5)).all(), site.name
+        assert (step * 127 * 64 >= largest * (1 - 1e-5)).all(), site.name
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("form", ["full", "narrow", "bipolar"])
 def test_a_step_chosen_by_squared_error_beats_the_one_that_avoids_clipping(bits, form):
@@ -253,20 +284,10 @@ def test_one_learned_step_of_a_weight_is_the_start_of_all_its_channels(captured,
     assert (step == 0.3).all()
 
 
-def test_a_wider_activation_than_was_learned_gets_a_step_that_uses_its_levels(captured, task):
-    start = {"relu": Frozen(Uniform(2, signed=False), torch.tensor(0.7))}
-
-    step = place_policy(captured, policy_of(captured, 3, 8), task.train, start=start).quantizers["relu"].step
-
-    anew = place_policy(captured, policy_of(captured, 3, 8), task.train).quantizers["relu"].step
-    assert torch.equal(step, anew)
-    assert step < 0.1
-
-
 @pytest.mark.parametrize(
-    ("level_max", "step"), [(15, 0.3), (3, 1.5)], ids=["same levels", "fewer: same range"]
+    ("level_max", "step"), [(15, 0.3), (3, 1.5), (255, 0.3 / 17)], ids=["same levels", "fewer", "more"]
 )
-def test_a_learned_step_is_carried_to_another_width(level_max, step):
+def test_a_learned_step_carried_to_another_width_keeps_its_range(level_max, step):
     frozen = Frozen(Uniform(4, signed=False), torch.tensor(0.3))
 
     assert rescaled_step(frozen, level_max).item() == pytest.approx(step)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mixbits.core.budget import parse_budget
+from mixbits.core.grid import Uniform
 from mixbits.core.profile import Profile, Site
 from mixbits.graph.quant_graph import capture
 from mixbits.methods.mpdnn import (
@@ -27,6 +28,7 @@ from mixbits.methods.mpdnn import (
 )
 from mixbits.quant.functional import round_half_away
 from mixbits.train.method import Learned, Target, full_grid, learn, usual_grid
+from mixbits.train.norms import reestimate_batch_norm_
 from mixbits.train.penalty import squared_excess
 from mixbits.train.steps import Loop
 from mixbits.train.task import make_task
@@ -397,6 +399,60 @@ def test_widths_start_one_above_the_widest_that_all_could_have(budget, options, 
 
     assert frozen["0.weight"].grid.bits == frozen["3.weight"].grid.bits == weight
     assert frozen["1/relu"].grid.bits == activation
+
+
+def test_widths_asked_for_are_running_means_and_batch_norms_are_estimated_anew():
+    draw = np.random.default_rng(0)
+    arrays = draw.normal(size=(160, 1, 4, 4)).astype(np.float32), np.arange(160) % 2
+    layers = nn.Conv2d(1, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(24, 2)
+    graph, task = capture(nn.Sequential(*layers), torch.zeros(2, 1, 4, 4)), make_task(arrays, arrays, batch_size=16)
+    target = Target(parse_budget("weights=2.6bit,act=2.5bit"))
+
+    learned = MPDNN(epochs=10, lr=0.05).learn(graph, task, target, Loop())
+
+    means = {site: q.mean_bits.item() for site, q in learned.graph.quantizers.items()}
+    assert dict(learned.bits) == means
+    assert any(mean % 1 for mean in means.values())
+    seen = learned.graph.copy()
+    reestimate_batch_norm_(seen, task.train, 30, torch.device("cpu"))
+    for name, value in seen.module.named_buffers():
+        if "running" in name:
+            torch.testing.assert_close(value, learned.graph.module.get_buffer(name))
+
+
+def test_powers_of_two_take_no_width_that_adds_no_level_and_pinned_sites_stay_uniform():
+    arrays = np.random.default_rng(0).normal(size=(40, 1, 4, 4)).astype(np.float32), np.arange(40) % 2
+    layers = nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)
+    graph, task = capture(nn.Sequential(*layers), torch.zeros(2, 1, 4, 4)), make_task(arrays, arrays)
+    target = Target(parse_budget("weights=8bit"), pins={"input": 8})
+
+    policy, learned = learn(MPDNN(epochs=0, parametrization="p3"), graph, task, target, Loop())
+
+    assert {policy.bits[site] for site in ("0.weight", "3.weight", "1/relu")} == {4}
+    assert len(policy.grids["0.weight"].levels) == 14
+    assert policy.grids["input"] == learned.frozen["input"].grid == Uniform(8, signed=True)
+
+
+@pytest.mark.parametrize("options", [{"weight_start": 1}, {"activation_start_bits": 1}, {"activation_start": "paper"}])
+def test_signed_tensors_start_with_two_bits_at_least(options):
+    target = Target(parse_budget("weights=1KiB"), (1, 2, 3), (1, 2, 3))
+    arrays = np.random.default_rng(0).normal(size=(40, 1, 4, 4)).astype(np.float32), np.arange(40) % 2
+    graph = capture(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2)), torch.zeros(2, 1, 4, 4))
+
+    learned = MPDNN(epochs=0, **options).learn(graph, make_task(arrays, arrays), target, Loop())
+
+    assert min(frozen.grid.bits for frozen in learned.frozen.values()) >= 2
+
+
+@pytest.mark.parametrize("peak", [3e-3, 3e-5, 3e-6])
+def test_weights_of_any_scale_start_alike(peak):
+    values = torch.linspace(-peak, peak, 999)
+    made = LearnedWidth("u3", *start_from_peak(peak, 4), signed=True, least_bits=2)
+
+    error = (made(values) - values).square().mean() / values.square().mean()
+
+    assert (made.bits().item(), len(made(values).unique())) == (4, 15)
+    assert error < 0.2
 
 
 def test_weights_of_two_bits_are_finetuned_on_the_grid_of_the_baselines():

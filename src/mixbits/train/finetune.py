@@ -65,8 +65,7 @@ def finetune(
     """A copy of ``graph`` trained with every site on its grid of ``policy``, in eval mode.
 
     Weight steps are per output channel, chosen by squared error unless ``start`` has them for the same grid;
-    activation steps are ``start``'s where it has them for as many levels or more, else chosen by squared
-    error on training batches.
+    activation steps are ``start``'s where it has them, else chosen by squared error on training batches.
     ``teacher`` is the float network for distillation. ``placed`` is the network at this policy with good
     values already, as :func:`~mixbits.train.calibrate.calibrate` gives it: training starts there.
     ``quantizer`` makes what stands on a site while training, ``extra_loss`` a term of the loss from the
@@ -195,13 +194,8 @@ def place_policy(
     device = device or torch.device("cpu")
     student, start = graph.copy(), start or {}
     student.module.to(device)
-    kept = {  # wider ones than were learned: the learned step would leave their levels unused
-        site.name
-        for site in graph.profile.activations
-        if site.name in start and start[site.name].grid.level_max >= policy.grids[site.name].level_max
-    }
-    unknown = [site.name for site in graph.profile.activations if site.name not in kept]
-    observed = observe(student, unknown, calibration, device)
+    activations = [site for site in graph.profile.activations if site.name not in start]
+    observed = observe(student, [site.name for site in activations], calibration, device)
     placed: dict[str, Quantizer] = {}
     for site in graph.profile.sites:
         grid = policy.grids[site.name]
@@ -214,7 +208,7 @@ def place_policy(
                 step = mse_step(weight.flatten(1), grid)
             step = step.reshape(-1, *[1] * (weight.dim() - 1))
             shared = weight[0].numel()
-        elif site.name in kept:
+        elif site.name in start:
             step, shared = rescaled_step(start[site.name], policy.grids[site.name].level_max), site.elements
         else:
             step, shared = mse_step(observed[site.name][None], grid)[0], site.elements
@@ -237,7 +231,11 @@ def restore_policy(graph: QuantGraph, policy: Policy, state: Mapping[str, Tensor
 
 
 def rescaled_step(frozen: Frozen, level_max: int) -> Tensor:
-    """A learned step carried to fewer levels, which keep the range."""
+    """A learned step carried to another number of levels, which keep the range.
+
+    Values seen without the quantizers would say nothing of the range: what was learned with them is a
+    network, and batch norms, that need them.
+    """
     return frozen.step * (frozen.grid.level_max / max(level_max, 1))
 
 
