@@ -298,7 +298,9 @@ def midpoints(grid: Uniform) -> list[float]:
 def test_latency_that_no_one_width_and_no_narrow_widths_meet(name, uneven):
     """Layers that are quick at one pair of widths only: another for each layer, or the widest weights."""
     ops, last = tiny().profile.ops, len(CANDIDATES) - 1
-    quick_at = [(last, (0, last)[index % 2] if uneven == "activations" else last) for index in range(len(ops))]
+    quick_at = [
+        (last, (0, last)[index % 2] if uneven == "activations" else last) for index in range(len(ops))
+    ]
     layers = tuple(
         LayerTimes(
             op.name,

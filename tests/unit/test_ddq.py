@@ -514,6 +514,23 @@ def test_the_learned_network_is_its_frozen_codebooks():
         assert torch.equal(fixed.module.eval()(inputs), network(inputs))
 
 
+def test_tensors_that_could_be_negative_and_are_not_get_levels_that_run():
+    draw = np.random.default_rng(0)
+    inputs, targets = draw.uniform(size=(64, 2, 8, 8)).astype(np.float32), draw.integers(0, 4, 64)
+    data = make_task((inputs, targets), (inputs[:16], targets[:16]), batch_size=16)
+    graph = padded()
+    with torch.no_grad():
+        graph.weight("depth.weight").fill_(1 / 9)  # a box filter
+    policy, found = learn(DDQ(epochs=1), graph, data, TARGET, Loop())
+    assert not policy.grids["input"].signed
+
+    trained = finetune(found.graph, policy, data, Finetune(epochs=1), start=found.frozen)
+
+    batch = next(data.test.epoch(0))[0]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(Executor(lower(trained))(batch.numpy())), trained(batch))
+
+
 def test_finetuning_starts_from_the_learned_levels_and_steps():
     policy, found = learn(DDQ(epochs=2), padded(), task(), TARGET, Loop())
     kept = [site for site, frozen in found.frozen.items() if frozen.grid == policy.grids[site]]

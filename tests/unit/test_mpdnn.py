@@ -405,7 +405,10 @@ def test_widths_asked_for_are_running_means_and_batch_norms_are_estimated_anew()
     draw = np.random.default_rng(0)
     arrays = draw.normal(size=(160, 1, 4, 4)).astype(np.float32), np.arange(160) % 2
     layers = nn.Conv2d(1, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(24, 2)
-    graph, task = capture(nn.Sequential(*layers), torch.zeros(2, 1, 4, 4)), make_task(arrays, arrays, batch_size=16)
+    graph, task = (
+        capture(nn.Sequential(*layers), torch.zeros(2, 1, 4, 4)),
+        make_task(arrays, arrays, batch_size=16),
+    )
     target = Target(parse_budget("weights=2.6bit,act=2.5bit"))
 
     learned = MPDNN(epochs=10, lr=0.05).learn(graph, task, target, Loop())
@@ -433,7 +436,9 @@ def test_powers_of_two_take_no_width_that_adds_no_level_and_pinned_sites_stay_un
     assert policy.grids["input"] == learned.frozen["input"].grid == Uniform(8, signed=True)
 
 
-@pytest.mark.parametrize("options", [{"weight_start": 1}, {"activation_start_bits": 1}, {"activation_start": "paper"}])
+@pytest.mark.parametrize(
+    "options", [{"weight_start": 1}, {"activation_start_bits": 1}, {"activation_start": "paper"}]
+)
 def test_signed_tensors_start_with_two_bits_at_least(options):
     target = Target(parse_budget("weights=1KiB"), (1, 2, 3), (1, 2, 3))
     arrays = np.random.default_rng(0).normal(size=(40, 1, 4, 4)).astype(np.float32), np.arange(40) % 2

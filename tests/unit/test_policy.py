@@ -105,12 +105,13 @@ def test_missing_sites_are_counted_and_the_first_is_named():
         policy.check(PROFILE)
 
 
-@pytest.mark.parametrize(
-    "grid", [Uniform(4, signed=False), Codebook(2, (0, 1, 2))], ids=["uniform", "codebook"]
-)
-def test_an_unsigned_grid_for_a_signed_tensor_is_refused(grid):
+def test_an_unsigned_grid_for_a_signed_tensor_is_refused():
     with pytest.raises(ValueError, match="^input: the grid is unsigned, but the tensor has negative values"):
-        Policy({**GRIDS, "input": grid}).check(PROFILE)
+        Policy({**GRIDS, "input": Uniform(4, signed=False)}).check(PROFILE)
+
+
+def test_the_levels_of_a_codebook_are_as_they_were_learned():
+    Policy({**GRIDS, "input": Codebook(2, (0, 1, 2))}).check(PROFILE)
 
 
 def test_a_signed_grid_for_an_unsigned_tensor_is_allowed():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from mixbits.core.grid import Grid, grid_from_json, grid_to_json
+from mixbits.core.grid import Grid, Uniform, grid_from_json, grid_to_json
 from mixbits.core.profile import Profile, unknown_site
 
 
@@ -34,7 +34,8 @@ class Policy:
         for name, grid in self.grids.items():
             if name not in names:
                 raise unknown_site(name, names)
-            if profile.site(name).signed and not grid.signed:
+            # The levels of a codebook were learned: of values that could be negative and are not, none need be.
+            if profile.site(name).signed and not grid.signed and isinstance(grid, Uniform):
                 raise ValueError(
                     f"{name}: the grid is unsigned, but the tensor has negative values; use signed=true"
                 )

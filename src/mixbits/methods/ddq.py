@@ -19,7 +19,8 @@ Deviation: the gradient of a gate is by default the difference that toggling it 
 the quantization error (option ``gate_gradient="constant"`` gives the formula remembered as the paper's).
 Deviation: gates move by Adam and the exponent of the memory term grows while a limit is exceeded; the limit
 itself comes down from what is used at the start. With the paper's fixed exponent, .02, nothing closes within
-a short run. Any limit has such a factor, not just weights.
+a short run. Any limit has such a factor, not just weights. The gates' rate falls to zero over the second half
+of learning: else widths go on changing to the end, and the network with them.
 Deviation: the correction's strength is relative to the power of the site's values, one number for all sites.
 Deviation: weights have one level vector a layer and one step a channel.
 Deviation: 8 bits end on the uniform grid, and finetuning goes on with the levels fixed and learned steps.
@@ -358,7 +359,8 @@ class DDQ(Method):
         gates = [quantizer.gates for quantizer in learning.values()]
         rest = [p for q in graph.quantizers.values() for name, p in q.named_parameters() if name != "gates"]
         share = 1.0 / max(updates, 1)
-        gate_optimizer = torch.optim.Adam(gates or [torch.zeros(1)], lr=self.travel * share, betas=ADAM_BETAS)
+        rate = self.travel * share
+        gate_optimizer = torch.optim.Adam(gates or [torch.zeros(1)], lr=rate, betas=ADAM_BETAS)
 
         def widths() -> dict[str, Any]:
             return {**fixed, **{site: quantizer.bits() for site, quantizer in learning.items()}}
@@ -377,6 +379,8 @@ class DDQ(Method):
             return loss * (pressure.factor(seen["ratios"]) - 1.0)
 
         def update_gates() -> None:
+            late = max(2.0 * float(pressure.progress) - 1.0, 0.0)  # of the second half, when limits are down
+            gate_optimizer.param_groups[0]["lr"] = rate * 0.5 * (1.0 + math.cos(math.pi * late))
             gate_optimizer.step()
             gate_optimizer.zero_grad()
             pressure.update_(seen["ratios"], share)
