@@ -34,7 +34,7 @@ class Policy:
         for name, grid in self.grids.items():
             if name not in names:
                 raise unknown_site(name, names)
-            # The levels of a codebook were learned: of values that could be negative and are not, none need be.
+            # Levels of a codebook were learned; of values that could be negative and are not, none need be.
             if profile.site(name).signed and not grid.signed and isinstance(grid, Uniform):
                 raise ValueError(
                     f"{name}: the grid is unsigned, but the tensor has negative values; use signed=true"
