@@ -21,8 +21,8 @@ at or after the warm-up. A training too short for one solves once, at ``freeze``
 Deviation: objective ``max -sum s 4**-q``, a site's s not multiplied by its size. With two candidates, as the
 paper's 2 and 4 bits, it chooses as ``max sum s q`` does (``value="linear"``). With more the linear one fills
 the budget with the widest and the narrowest: on handwritten digits, trained start, 3 bits of 2 to 8, mean of
-3 seeds, 97.3 % against 98.0 % (uniform 3 bits: 98.1 %). Of equal
-solutions the solver takes the one that uses least of the limits.
+3 seeds, 97.3 % against 98.0 % (uniform 3 bits: 98.1 %). Of equal solutions the solver takes the one that uses
+least of the limits.
 Deviation: the step of weights is by default a learned scalar (LSQ), set anew by squared error whenever the
 width changes; ``scale="max"`` is ``max|W|`` over the largest level, which at 2 bits makes 9 of 10 normally
 distributed weights zero. One bit is -1/+1 and has mean|W| for a step with ``scale="max"``.
