@@ -17,6 +17,7 @@ Deviation: zero stays a level of every unsigned tensor and of signed activations
 and ReLU produce it; means of levels would lose it.
 Deviation: the gradient of a gate is by default the difference that toggling it makes, to the levels and to
 the quantization error (option ``gate_gradient="constant"`` gives the formula remembered as the paper's).
+Where zero is kept this difference is counted wrong (docs/decisions/0005, "Known to be wrong").
 Deviation: gates move by Adam and the exponent of the memory term grows while a limit is exceeded; the limit
 itself comes down from what is used at the start. With the paper's fixed exponent, .02, nothing closes within
 a short run. Any limit has such a factor, not just weights. The gates' rate falls to zero over the second half
