@@ -39,6 +39,7 @@ at fixed widths; ``lr_after`` lets it go on at the learning rate where learning 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -326,6 +327,10 @@ def one_activation_width(profile: Profile, target: Target, allowed: Choices) -> 
             continue
         harm = sum(noise_power(site, width) for site, width in solution.items())
         found.append((harm, -bits, left))
+    if not found and free:
+        warnings.warn(
+            f"bmpq: no one width for all activations meets {target.budget}; each is searched", stacklevel=2
+        )
     return min(found, key=lambda entry: entry[:2])[2] if found else allowed
 
 

@@ -35,6 +35,7 @@ units of the layer.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -534,6 +535,10 @@ class SDQ(Method):
         if fitting:
             return narrowed(max(fitting)[1])
         widest = max((bits for bits in set(target.activation_bits) if feasible(bits)), default=None)
+        if widest is None:
+            warnings.warn(
+                f"sdq: no one width for all activations meets {target.budget}; each is searched", stacklevel=2
+            )
         return allowed if widest is None else narrowed(widest)
 
     def _place_(
