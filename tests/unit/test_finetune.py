@@ -285,12 +285,19 @@ def test_one_learned_step_of_a_weight_is_the_start_of_all_its_channels(captured,
 
 
 @pytest.mark.parametrize(
-    ("level_max", "step"), [(15, 0.3), (3, 1.5), (255, 0.3 / 17)], ids=["same levels", "fewer", "more"]
+    ("bits", "step"), [(4, 0.3), (2, 1.5), (8, 0.3 / 17)], ids=["same levels", "fewer", "more"]
 )
-def test_a_learned_step_carried_to_another_width_keeps_its_range(level_max, step):
+def test_a_learned_step_carried_to_another_width_keeps_its_range(bits, step):
     frozen = Frozen(Uniform(4, signed=False), torch.tensor(0.3))
 
-    assert rescaled_step(frozen, level_max).item() == pytest.approx(step)
+    assert rescaled_step(frozen, Uniform(bits, signed=False)).item() == pytest.approx(step)
+
+
+def test_codebooks_of_one_site_share_their_step():
+    frozen = Frozen(Codebook(2, (0, 20, 50, 120)), torch.tensor(0.03))
+
+    assert rescaled_step(frozen, Codebook(1, (0, 70))) == frozen.step
+    assert rescaled_step(frozen, Uniform(8, signed=False)).item() == pytest.approx(0.03 * 120 / 255)
 
 
 def test_finetuning_lowers_the_loss_and_leaves_the_given_network_alone(captured, task):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixbits.core.grid import Grid, describe
+from mixbits.core.grid import Codebook, Grid, describe
 from mixbits.core.policy import Policy
 from mixbits.core.profile import Site
 from mixbits.graph.capture import refuse_wrapped
@@ -209,7 +209,7 @@ def place_policy(
             step = step.reshape(-1, *[1] * (weight.dim() - 1))
             shared = weight[0].numel()
         elif site.name in start:
-            step, shared = rescaled_step(start[site.name], policy.grids[site.name].level_max), site.elements
+            step, shared = rescaled_step(start[site.name], grid), site.elements
         else:
             step, shared = mse_step(observed[site.name][None], grid)[0], site.elements
         placed[site.name] = quantizer(site, grid, step, shared).to(device)
@@ -230,13 +230,16 @@ def restore_policy(graph: QuantGraph, policy: Policy, state: Mapping[str, Tensor
     return network
 
 
-def rescaled_step(frozen: Frozen, level_max: int) -> Tensor:
-    """A learned step carried to another number of levels, which keep the range.
+def rescaled_step(frozen: Frozen, grid: Grid) -> Tensor:
+    """A learned step carried to another grid of the kind, which keeps the range.
 
     Values seen without the quantizers would say nothing of the range: what was learned with them is a
-    network, and batch norms, that need them.
+    network, and batch norms, that need them. Codebooks count in one step whatever their widths, with levels
+    where values were seen: the step stays.
     """
-    return frozen.step * (frozen.grid.level_max / max(level_max, 1))
+    if isinstance(frozen.grid, Codebook) and isinstance(grid, Codebook):
+        return frozen.step
+    return frozen.step * (frozen.grid.level_max / max(grid.level_max, 1))
 
 
 def observe(graph: QuantGraph, sites: list[str], batches: Batches, device: torch.device) -> dict[str, Tensor]:
