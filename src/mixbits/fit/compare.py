@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,7 +160,12 @@ def engine(options: Sweep) -> Iterator[None]:
     """
     if not options.cluster:
         threads = threads_of(options.jobs)
-        with joblib.parallel_config(backend="loky", inner_max_num_threads=threads, initializer=begin_worker):
+        with (
+            joblib.parallel_config(backend="loky", inner_max_num_threads=threads, initializer=begin_worker),
+            warnings.catch_warnings(),
+        ):
+            # loky replaces a process that has grown between two runs, and says so as of a fault.
+            warnings.filterwarnings("ignore", "A worker stopped while some jobs were given")
             yield
         return
     try:

@@ -498,12 +498,13 @@ def check_stage(run: Run) -> None:
     threads, tune = (table.threads, table.tuned) if table else (1, False)
     executor = Executor(read_program(run.folder / "model.mixbits"), threads=threads, tune=tune)
     network = trained_network(run)
-    correct = same = count = 0
+    correct = as_trained = same = count = 0
     for inputs, targets in run.task.test.epoch(0):
         ran = torch.from_numpy(executor(inputs.numpy())).argmax(-1)
         with torch.no_grad():
             trained = network(inputs).argmax(-1)
         correct += int((ran == targets).sum())
+        as_trained += int((trained == targets).sum())
         same += int((ran == trained).sum())
         count += len(targets)
         if count >= run.recipe.check_images:
@@ -517,6 +518,7 @@ def check_stage(run: Run) -> None:
             **speed(executor, np.resize(images, (batch, *images.shape[1:]))),
             "predicted_ms": predicted_ms(table, run.graph.profile, run_policy(run).bits) if table else None,
             "top1": 100 * correct / count,
+            "training_graph_top1": 100 * as_trained / count,
             "images": count,
             "same_prediction_as_training_graph": same,
             "seconds": seconds,

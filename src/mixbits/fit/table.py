@@ -40,7 +40,8 @@ def table(summary: dict[str, Any]) -> str:
         lines.append(f"limit {limit['text']}: {used} of {asked}, {verdict}")
     ran = summary["runtime"]
     lines.append(
-        f"packed model, run without torch on {ran['images']} test images: {ran['top1']:.2f} %, "
+        f"packed model, run without torch on {ran['images']} test images: {ran['top1']:.2f} % "
+        f"(as trained {ran['training_graph_top1']:.2f} %), "
         f"{ran['same_prediction_as_training_graph']} predictions as in training"
     )
     return "\n".join(lines) + "\n"

@@ -84,6 +84,7 @@ class Runtime:
     """The packed file, run by the runtime and compared with the training graph."""
 
     top1: float | None = None
+    training_graph_top1: float | None = None  # of the same images
     images: float | None = None
     same_prediction_as_training_graph: float | None = None
     seconds: float | None = None

@@ -150,13 +150,14 @@ def _packed_file(summary: Summary) -> list[Sentence]:
     if runtime is None:
         return [Sentence("The packed file was not run.", "plain")]
     parts = []
-    if runtime.top1 is not None:
-        parts.append(f"scores {percent(runtime.top1)} top-1")
     same, images = runtime.same_prediction_as_training_graph, runtime.images
+    if runtime.top1 is not None:
+        on = f" on {count(images)} test images" if images else ""
+        beside = runtime.training_graph_top1
+        trained = "" if beside is None else f", where the training graph has {percent(beside)},"
+        parts.append(f"scores {percent(runtime.top1)} top-1{on}{trained}")
     if same is not None and images:
-        parts.append(
-            f"predicts the same class as the training graph for {count(same)} of {count(images)} images"
-        )
+        parts.append(f"predicts the same class as the training graph for {count(same)} of {count(images)}")
     size = "" if summary.artifact_bytes is None else f" ({amount(summary.artifact_bytes, 'bytes')})"
     return (
         [Sentence(f"The packed file{size}, run on its own, {' and '.join(parts)}.", "plain")] if parts else []
