@@ -129,6 +129,37 @@ def test_t2_the_largest_scale_rounds_by_half_a_step_keeps_the_peak_and_follows_a
     assert made.train()(3.0 * values).tolist() == pytest.approx((3.0 * out).tolist(), rel=FLOAT64)
 
 
+@pytest.mark.parametrize(
+    ("count", "peak", "zeros_2", "zeros_4", "error_2"),
+    [
+        (1_728, 3.15, 0.899, 0.199, 0.67),
+        (36_864, 4.29, 0.967, 0.238, 0.91),
+        (147_456, 4.96, 0.987, 0.277, 0.96),
+        (2_359_296, 5.45, 0.993, 0.303, 0.98),
+    ],
+)
+def test_the_largest_scale_at_two_bits_rounds_large_layers_to_zero(count, peak, zeros_2, zeros_4, error_2):
+    values = torch.randn(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values.clamp_(-peak, peak)[0] = peak
+
+    narrow, wide = (full_range(values, bits)(values) for bits in (2, 4))
+
+    # The reference is one draw a size.
+    assert float((narrow == 0).double().mean()) == pytest.approx(zeros_2, abs=0.02)
+    assert float((wide == 0).double().mean()) == pytest.approx(zeros_4, abs=0.02)
+    assert float((narrow - values).square().mean()) == pytest.approx(error_2, abs=0.05)
+
+
+@pytest.mark.parametrize(("bits", "step", "error"), [(2, 1.22, 0.190), (4, 0.35, 0.0129)])
+def test_a_learned_scale_starts_at_the_least_error(bits, step, error):
+    values = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+
+    made = SwitchedWeight(bits, values, scale="learned")
+
+    assert made.freeze().step.item() == pytest.approx(step, rel=0.05)
+    assert float((made(values).detach() - values).square().mean()) == pytest.approx(error, rel=0.02)
+
+
 @pytest.mark.parametrize("scale", ["learned", "max"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_t2_a_weight_of_zeros_stays_zero(scale, bits):
@@ -589,6 +620,26 @@ def test_t11_the_prefixes_of_wider_layers_reduce_as_computed():
     assert round(prefix(vgg, 4, ends=8), 3) == 15.400
     assert round(prefix(vgg, 4, ends=32), 3) == 15.318
     assert [round(prefix(resnet, k), 3) for k in (6, 7)] == [15.424, 15.414]
+
+
+@pytest.mark.parametrize(("network", "wide"), [(vgg16_bn, 525_398), (resnet18, 387_039)])
+def test_t11_the_headline_leaves_few_weights_at_four_bits(network, wide):
+    counts = counts_of(network, 10)
+    room = 32 * sum(counts) / 15.4 - 16 * (counts[0] + counts[-1]) - 2 * sum(counts[1:-1])
+
+    assert room / 2 == pytest.approx(wide, abs=1)
+
+
+def test_t11_with_batch_norms_counted_the_headline_is_missed():
+    with torch.device("meta"):
+        norms = [m for m in vgg16_bn(num_classes=10).modules() if isinstance(m, nn.BatchNorm2d)]
+    counts, channels = counts_of(vgg16_bn, 10), sum(norm.num_features for norm in norms)
+    bits = 32 * sum(counts) / reduction(counts, [4] * 4 + [2] * 8, 16)
+
+    # The reduction of everything that is stored: norms have 32 bits on both sides.
+    found = [32 * (sum(counts) + n * channels) / (bits + 32 * n * channels) for n in (2, 4)]
+
+    assert [round(value, 3) for value in found] == [15.247, 15.123]
 
 
 @pytest.mark.parametrize(

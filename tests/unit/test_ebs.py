@@ -737,8 +737,9 @@ def test_soft_and_sampled_mixing_differ(captured):
     assert not torch.equal(soft.graph.weight("0.weight"), sampled.graph.weight("0.weight"))
 
 
-@pytest.mark.slow
-def test_on_digits_the_search_trains_and_the_packed_network_answers_as_the_trained_one():
+@pytest.fixture(scope="module")
+def digits() -> tuple[Task, QuantGraph]:
+    """The digits, and a network trained on them."""
     task = task_of(load_digits(), batch_size=64)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
@@ -746,6 +747,25 @@ def test_on_digits_the_search_trains_and_the_packed_network_answers_as_the_train
         optimizer = torch.optim.SGD(graph.module.parameters(), 0.05, 0.9, weight_decay=5e-4)
         for _ in steps(graph, task, optimizer, PLAIN_LOOP, epochs=12):
             pass
+    return task, graph
+
+
+def test_without_a_penalty_expected_widths_do_not_fall_on_easy_data(digits):
+    task, graph = digits
+    rows: list[Mapping[str, Any]] = []
+    method = EBS(epochs=2, strength_lr=0.1, strength=0.0)
+
+    seeded_learn(method, graph, task, Target(parse_budget("weights=2bit,act=2bit")), Loop(watch=rows.append))
+
+    first, *_, last = [row["expected"] for row in rows if "expected" in row]
+    assert all(last[limit] > 0.99 * first[limit] for limit in first)
+
+
+@pytest.mark.slow
+def test_on_digits_the_search_trains_and_the_packed_network_answers_as_the_trained_one(digits):
+    task, graph = digits
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
         policy, learned = learn(
             EBS(epochs=6), graph, task, Target(parse_budget("weights=3bit,act=4bit")), PLAIN_LOOP
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -32,6 +33,7 @@ from mixbits.train.norms import reestimate_batch_norm_
 from mixbits.train.penalty import squared_excess
 from mixbits.train.steps import Loop
 from mixbits.train.task import make_task
+from mixbits.zoo import mobilenet_v2, resnet18_imagenet
 
 # Reference numbers are printed with six significant digits or more.
 SIX_DIGITS = 1e-6
@@ -336,6 +338,36 @@ def test_resnet20_starts_with_the_penalty_of_the_paper():
     penalty = squared_excess(one_weight(268_346), bits, budget, strength=0.1, activation_strength=0.0)
 
     assert penalty.item() == pytest.approx(371.2, rel=1e-3)  # the paper's sizes have four digits
+
+
+def sizes(network: Callable[[], nn.Module]) -> list[int]:
+    """Values of every layer with weights, the classifier's with its bias, as the paper counts them."""
+    with torch.device("meta"):
+        layers = [m for m in network().modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    return [sum(p.numel() for p in layer.parameters()) for layer in layers]
+
+
+# fmt: off
+RESNET18 = (9, 8, 5, 6, 6, 6, 6, 8, 6, 5, 5, 4, 5, 4, 4, 4, 3, 5, 3, 4, 7)  # bits, downsampling after its block
+MOBILENET_V2 = (
+    9, 10, 9, 8, 8, 8, 7, 9, 7, 7, 6, 8, 5, 7, 6, 6, 8, 6, 7, 6, 6, 4, 6, 5, 4, 6, 4, 4, 6, 5, 6, 7, 6, 5, 6, 4, 4,
+    6, 4, 6, 5, 5, 4, 6, 3, 4, 6, 4, 5, 3, 4, 4, 3,
+)
+# fmt: on
+
+
+@pytest.mark.parametrize(
+    ("network", "widths", "float_size", "size"),
+    [(resnet18_imagenet, RESNET18, 44.555, 5.3996), (mobilenet_v2, MOBILENET_V2, 13.240, 1.586)],
+)
+def test_the_widths_that_the_paper_learned_take_the_computed_sizes(network, widths, float_size, size):
+    counts = sizes(network)
+    mib = [
+        sum(n * b for n, b in zip(counts, bits, strict=True)) / 8 / 2**20
+        for bits in ([32] * len(counts), widths)
+    ]
+
+    assert [round(mib[0], 3), round(mib[1], 4 if size > 2 else 3)] == [float_size, size]
 
 
 def test_a_limit_that_is_not_used_up_costs_nothing():
