@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import product
-from math import ceil
 
 import pytest
 from hypothesis import assume, given
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from mixbits.core.budget import Budget, Limit, parse_budget
 from mixbits.core.cost import COSTS
 from mixbits.core.profile import Op, Profile, Site, Value
-from mixbits.search.greedy import Choices, InfeasibleError, check_feasible, choices, departure, fit
+from mixbits.search.greedy import Choices, InfeasibleError, check_feasible, choices, fit
 from strategies import profiles
 
 # input 64 -> a: 100 weights -> relu of 50 values -> b: 300 weights
@@ -245,57 +244,3 @@ def test_greedy_finds_the_least_damage_of_all_choices_for_a_small_network():
     bits = fit(PROFILE, WIDEST, budget, choices(PROFILE, WIDTHS, WIDTHS))
 
     assert damage(bits) == min(damage(bits) for bits in every if budget.fits(PROFILE, bits))
-
-
-def repaired(
-    text: str, learned: dict[str, float], widths: tuple[int, ...] = (1, 2, 3, 4, 8)
-) -> dict[str, int]:
-    """Widths that are chosen for learned ones."""
-    budget, allowed = parse_budget(text), choices(PROFILE, widths, widths)
-    wish = {site: ceil(bits) for site, bits in learned.items()}
-    return fit(PROFILE, wish, budget, allowed, departure(PROFILE, budget, allowed, learned))
-
-
-@pytest.mark.parametrize("text", ["weights=2bit,act=2bit", "weights=100B,act_sum=13B"])
-def test_equal_widths_that_must_be_narrower_stay_equal_whatever_the_sizes(text):
-    bits = repaired(text, dict.fromkeys(WIDEST, 3.0))
-
-    assert bits == {"input": 8, "a.weight": 2, "relu": 2, "b.weight": 2}
-
-
-def test_what_is_left_of_a_budget_does_not_go_to_the_smallest_site_first():
-    # 100 bytes more than were learned: one bit for the 300 weights are 38, for the 100 weights 13.
-    bits = repaired("weights=151B", {"input": 2.0, "a.weight": 1.0, "relu": 2.0, "b.weight": 1.0})
-
-    assert (bits["a.weight"], bits["b.weight"]) == (3, 3)
-
-
-def test_the_site_that_was_learned_nearest_below_is_narrowed_first():
-    learned = {"input": 8.0, "relu": 8.0}
-
-    bits = repaired("weights=138B", {**learned, "a.weight": 2.9, "b.weight": 3.1})
-    turned = repaired("weights=138B", {**learned, "a.weight": 3.1, "b.weight": 2.1})
-
-    assert (bits["a.weight"], bits["b.weight"]) == (2, 3)
-    assert (turned["a.weight"], turned["b.weight"]) == (4, 2)
-
-
-def test_leaving_learned_widths_costs_what_their_bits_use():
-    budget = parse_budget("weights=100B,act_peak=300B,bops=100k")
-    allowed = choices(PROFILE, WIDTHS, WIDTHS, pins={"input": 8})
-    learned = {"input": 8.0, "a.weight": 4.0, "relu": 4.0, "b.weight": 1.5}
-
-    damage = departure(PROFILE, budget, allowed, learned)
-
-    # A bit: bytes of the weights, and MACs times the other operand's width (b.weight's rounded up to 2).
-    weight_a, weight_b = 12.5 / 100 + 6400 * 8 / 100e3, 37.5 / 100 + 300 * 4 / 100e3
-    assert damage("a.weight", 4) == pytest.approx(weight_a)
-    assert damage("a.weight", 2) == pytest.approx(weight_a * 16)
-    assert damage("b.weight", 2) == pytest.approx(weight_b / 2)
-    assert damage("relu", 4) == pytest.approx(300 * 2 / 100e3)  # act_peak is the largest of several sums
-
-
-def test_a_site_that_no_limit_counts_is_widened_and_never_narrowed():
-    bits = repaired("weights=100B", {"input": 2.0, "a.weight": 3.0, "relu": 2.0, "b.weight": 3.0})
-
-    assert bits == {"input": 8, "a.weight": 2, "relu": 8, "b.weight": 2}

@@ -29,7 +29,10 @@ def fit(
     """
     if not budget.in_steps:
         return greedy.fit(profile, bits, budget, allowed, damage, fill=fill)
-    wish = greedy.rounded(bits, allowed)
+    wish = {
+        site: min((w for w in widths if w >= bits[site]), default=widths[-1])
+        for site, widths in allowed.widths.items()
+    }
     for group in allowed.groups:  # tied sites take the widest wish among them
         wish.update(dict.fromkeys(group, max(wish[site] for site in group)))
     if not fill and budget.fits(profile, wish):

@@ -1,8 +1,7 @@
 """Greedy widths: bring a choice of widths into its budget, then spend what is left of it.
 
 The damage of a width is taken as the power of its rounding noise relative to the signal, ``4**-bits`` for
-every site (a step twice as wide has four times the noise power), unless the caller knows better:
-:func:`departure` is the damage where widths were learned.
+every site (a step twice as wide has four times the noise power), unless the caller knows better.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from mixbits.core.profile import Profile, unknown_site
 
 Damage = Callable[[str, int], float]
 SMALLEST_CHANGE = 1e-30  # of damage: a site whose widths all do the same damage must not divide by zero
-SAME = 1e-9  # relative: moves as good as each other
 
 
 class InfeasibleError(ValueError):
@@ -25,39 +23,6 @@ class InfeasibleError(ValueError):
 def noise_power(site: str, bits: float) -> float:
     """``4**-bits``."""
     return 4.0**-bits
-
-
-def departure(profile: Profile, budget: Budget, allowed: Choices, learned: Mapping[str, float]) -> Damage:
-    """Damage of leaving widths that were learned within ``budget``.
-
-    Widths are at their best for what they cost where no bit is better spent elsewhere, which for damage
-    ``h * 4**-bits`` means ``h * 4**-learned`` in proportion to what a bit of the site uses of the limits. So
-    a width has the damage ``4**(learned - bits)`` times the latter. Limits on the largest of several amounts
-    do not count, as sites do not share those; a site that no other limit counts weighs as the mean of the
-    others.
-    """
-    shared = [limit for limit in budget.limits if len(limit.amount(profile).sums) == 1]
-    wish = rounded(learned, allowed)
-
-    def use(site: str, bits: int) -> float:
-        return sum(limit.used(profile, {**wish, site: bits}) / limit.asked for limit in shared)
-
-    weights: dict[str, float] = {}
-    for site, widths in allowed.widths.items():
-        if len(widths) > 1:
-            more = (use(site, widths[-1]) - use(site, widths[0])) / (widths[-1] - widths[0])
-            weights[site] = max(float(more), 0.0)
-    counted = [weight for weight in weights.values() if weight]
-    mean = sum(counted) / len(counted) if counted else 1.0
-    return lambda site, bits: (weights.get(site, 0.0) or mean) * 4.0 ** (learned[site] - bits)
-
-
-def rounded(bits: Mapping[str, float], allowed: Choices) -> dict[str, int]:
-    """The next wider allowed width of every site, or its widest."""
-    return {
-        site: min((w for w in widths if w >= bits[site]), default=widths[-1])
-        for site, widths in allowed.widths.items()
-    }
 
 
 @dataclass(frozen=True)
@@ -146,11 +111,14 @@ def fit(
     """``bits`` rounded to allowed widths, narrowed into the budget, then (``fill``) widened while it holds.
 
     Each step takes the move of least damage for the excess it removes (or of most good for the budget it
-    spends), of equal ones the largest.
+    spends).
     """
     check_feasible(profile, budget, allowed)
     capped = _capped(profile, budget, allowed)
-    now = rounded(bits, capped)
+    now = {
+        site: min((w for w in widths if w >= bits[site]), default=widths[-1])
+        for site, widths in capped.widths.items()
+    }
     for group in capped.groups:  # tied sites take the widest wish among them
         now.update(dict.fromkeys(group, max(now[site] for site in group)))
     while budget.exceeded(profile, now):
@@ -179,7 +147,7 @@ def _best_move(
 ) -> dict[str, int] | None:
     """The best narrowing (widening) of one group by one candidate, or None if there is none."""
     used_now = {limit: limit.used(profile, now) / limit.asked for limit in budget.limits}
-    best, best_value, best_change = None, -1.0, 0.0
+    best, best_value = None, -1.0
     for group in allowed.groups:
         widths = allowed.widths[group[0]]
         place = widths.index(now[group[0]]) + (-1 if down else 1)
@@ -197,7 +165,6 @@ def _best_move(
             value = (freed + 1e-9) / change
         else:
             value = change / (sum(used[limit] - used_now[limit] for limit in used) + 1e-9)
-        equal = abs(value - best_value) <= SAME * best_value and change > best_change
-        if equal or value > best_value * (1.0 + SAME):
-            best, best_value, best_change = moved, value, change
+        if value > best_value:
+            best, best_value = moved, value
     return best

@@ -20,7 +20,7 @@ from mixbits.graph.capture import refuse_wrapped
 from mixbits.graph.quant_graph import QuantGraph
 from mixbits.quant.quantizer import Frozen, LearnedStep, Quantizer
 from mixbits.search.fit import fit
-from mixbits.search.greedy import Choices, choices, departure
+from mixbits.search.greedy import Choices, choices, noise_power
 from mixbits.search.ilp import check_feasible
 from mixbits.train.finetune import Finetune
 from mixbits.train.randomness import own_random_states
@@ -200,9 +200,14 @@ def policy_of(learned: Learned, profile: Profile, target: Target) -> tuple[Polic
     if missing:
         raise ValueError(f"the method gave no width to {', '.join(missing[:3])}")
     wished = {site: math.ceil(bits - ROUNDING_SLACK) for site, bits in learned.bits.items()}
-    allowed = learned.among or target.choices(profile)
-    damage = departure(profile, target.budget, allowed, learned.bits)
-    bits = fit(profile, wished, target.budget, allowed, damage, fill=learned.fill)
+    bits = fit(
+        profile,
+        wished,
+        target.budget,
+        learned.among or target.choices(profile),
+        damage=lambda site, width: noise_power(site, width) / noise_power(site, learned.bits[site]),
+        fill=learned.fill,
+    )
     policy = Policy({site.name: learned.grid_of(site, bits[site.name]) for site in profile.sites})
     policy.check(profile)
     return policy, learned
