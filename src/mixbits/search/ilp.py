@@ -73,9 +73,10 @@ def least_harm(
     """Widths of least total harm that meet every limit, to the byte.
 
     ``harm`` gives a site's harm at each of its allowed widths (sites it lacks do none), ``pairs`` harm that
-    depends on two sites at once. Of widths that do equal harm (to a relative 1e-12) those of less cost are
-    taken, then narrower ones in the order of the sites' names; so the order of sites does not matter. Raises
-    ``InfeasibleError`` if no choice fits, naming the limit, and ``ValueError`` for harm that is not finite.
+    depends on two sites at once. Of widths that do equal harm (to a relative 1e-12) those are taken that use
+    less of the limits that can be broken, then narrower ones in the order of the sites' names; so the order
+    of sites does not matter. Raises ``InfeasibleError`` if no choice fits, naming the limit, and
+    ``ValueError`` for harm that is not finite.
     :class:`UnprovedWarning` says so where the search was given up before the proof.
     """
     check_feasible(profile, budget, allowed)

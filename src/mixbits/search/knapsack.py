@@ -94,8 +94,9 @@ class _List:
 def solve(classes: Sequence[Options], limits: Integers) -> list[int]:
     """The option of every class, of least harm in sum with costs in sum within ``limits``.
 
-    Of several optima the one that uses least of the limits (sum of shares), then the first options. The
-    options of least cost must fit together. Raises :class:`TooManyError` where the list gets too long.
+    Of several optima the one that uses least (sum of shares) of the limits that can be broken, then the first
+    options. The options of least cost must fit together. Raises :class:`TooManyError` where the list gets
+    too long.
 
     >>> classes = [Options(np.array([4.0, 1.0]), np.array([[2], [5]]))] * 2
     >>> solve(classes, np.array([7]))
