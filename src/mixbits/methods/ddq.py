@@ -17,6 +17,7 @@ Deviation: zero stays a level of every unsigned tensor and of signed activations
 and ReLU produce it; means of levels would lose it.
 Deviation: the gradient of a gate is by default the difference that toggling it makes, to the levels and to
 the quantization error (option ``gate_gradient="constant"`` gives the formula remembered as the paper's).
+Where zero is kept this difference is counted wrong (docs/decisions/0005, "Known to be wrong").
 Deviation: gates move by Adam and the exponent of the memory term grows while a limit is exceeded; the limit
 itself comes down from what is used at the start. With the paper's fixed exponent, .02, nothing closes within
 a short run. Any limit has such a factor, not just weights. The gates' rate falls to zero over the second half
@@ -87,68 +88,83 @@ def open_gates(gates: Tensor) -> Tensor:
     return _Open.apply(gates[torch.sort(gates, descending=True, stable=True).indices])
 
 
-def merged_levels(levels: Tensor, gates: Tensor) -> Tensor:
-    """``(1 / Z) U q``: every code's level once closed gates have merged theirs.
+def merged_levels(levels: Tensor, gates: Tensor, gradient: GateGradient) -> tuple[Tensor, Tensor]:
+    """``(1 / Z) U q``: every code's level once closed gates have merged theirs, and a probe.
 
-    ``levels`` float ``[2**b]`` in rising order, ``gates`` binary ``[..., b]``, the most significant bit
-    first. Gives ``[..., 2**b]``, merged levels equal bit for bit.
+    ``levels`` float ``[2**b]`` in rising order, ``gates`` binary ``[b]``, the most significant bit first.
+    With ``"constant"`` the gates' gradient takes ``Z`` for a constant; with ``"difference"`` the mean is
+    part of each factor, ``U_k = g I + (1 - g) / 2``, and the gradient is exactly what toggling gate k
+    changes. The probe ``[2**b]`` carries, for the gates alone, half the square of that change: the second
+    order of a quadratic loss.
 
-    >>> merged_levels(torch.tensor([0.0, 1.0, 4.0, 6.0]), torch.tensor([1.0, 0.0])).tolist()
+    >>> merged_levels(torch.tensor([0.0, 1.0, 4.0, 6.0]), torch.tensor([1.0, 0.0]), "difference")[0].tolist()
     [0.5, 0.5, 5.0, 5.0]
     """
-    merged = levels.expand(*gates.shape[:-1], len(levels))
-    for bit in reversed(range(gates.shape[-1])):  # from the least significant one
-        mean = 0.5 * (merged + _across(merged, bit))
-        merged = torch.where(gates[..., bit, None] > 0, merged, mean)
-    return merged
-
-
-def _across(levels: Tensor, bit: int) -> Tensor:
-    """Of every code ``[..., 2**b]`` the level of the code that differs from it in this bit alone."""
-    return levels.reshape(*levels.shape[:-1], level_count(bit), 2, -1).flip(-2).reshape(levels.shape)
+    probe = torch.zeros_like(levels)
+    for bit in reversed(range(len(gates))):  # from the least significant one
+        gate, pairs = gates[bit], levels.reshape(level_count(bit), 2, -1)
+        other = pairs.flip(1).reshape(-1)
+        if gradient == "constant":
+            levels = levels + (1.0 - gate) * other
+            continue
+        change = 0.5 * (levels - other)
+        levels = 0.5 * (levels + other) + gate * change  # equal bit for bit where the gate is closed
+        probe = probe + (0.5 - gate.detach()) * gate * change.detach().square()
+    if gradient == "constant":
+        levels = levels / torch.exp2((1.0 - gates.detach()).sum())
+    return levels, probe
 
 
 class _Nearest(torch.autograd.Function):
-    """``step * table[cell]`` with the cell of ``x / step``, half a byte level wide; saves ``x`` and cells.
+    """``step * levels[code]`` with the code of ``x / step`` from a table; saves ``x`` and the codes.
 
-    Backward: to ``x`` the gradient where it lies within the levels; to each cell of ``table`` the sum over
-    its values, each corrected by ``strength * (level - x / step)``; to each of ``probe`` ``strength`` times
-    the number of its values.
+    Backward: to ``x`` the gradient where it lies within the levels; to each level the sum over its values,
+    each corrected by ``strength * (level - x / step)``; to ``probe`` ``strength`` times its values' number.
     """
 
     @staticmethod
     def forward(  # noqa: PLR0917  autograd calls by position
-        ctx: Any, x: Tensor, step: Tensor, table: Tensor, probe: Tensor, first_cell: float, strength: Tensor
+        ctx: Any,
+        x: Tensor,
+        step: Tensor,
+        levels: Tensor,
+        probe: Tensor,
+        code_of_cell: Tensor,
+        first_cell: float,
+        strength: Tensor,
     ) -> Tensor:
         cells = (x / step).mul_(2.0).floor_().sub_(first_cell).clamp_(0, CELLS - 1)
         # An integer clamp too: converting a NaN gives any integer.
         index = cells.to(torch.int32).clamp_(0, CELLS - 1).reshape(-1)
-        ctx.save_for_backward(x, step, table, index.to(torch.int16), strength)
-        return table.to(x.dtype).index_select(0, index).reshape(x.shape).mul_(step)
+        codes = code_of_cell.index_select(0, index)
+        ctx.save_for_backward(x, step, levels, codes, strength)
+        return levels[code_of_cell.long()].index_select(0, index).reshape(x.shape).mul_(step)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, step, table, cells, strength = ctx.saved_tensors
+        x, step, levels, codes, strength = ctx.saved_tensors
         ratio = x / step
-        inside = within(grad, ratio, table[0].to(ratio.dtype), table[-1].to(ratio.dtype))
-        # The sum of grad * step + strength * (level - ratio) over each cell's values, in parts. A level
+        inside = within(grad, ratio, levels[0], levels[-1])
+        # The sum of grad * step + strength * (level - ratio) over each level's values, in parts. A level
         # times its count is nearly the sum of its ratios: float32 would lose their difference.
-        counts = _sums(cells, None)
-        away = counts * table - _sums(cells, ratio.double())
-        slope = _sums(cells, grad * step) if step.dim() else step * _sums(cells, grad)
-        to_table = (slope + strength * away).to(table.dtype)
-        return inside, None, to_table, (counts * strength).to(grad.dtype), None, None
+        counts = _sums(codes, None, len(levels))
+        away = counts * levels - _sums(codes, ratio.double(), len(levels))
+        slope = (
+            _sums(codes, grad * step, len(levels)) if step.dim() else step * _sums(codes, grad, len(levels))
+        )
+        to_levels = (slope + strength * away).to(levels.dtype)
+        return inside, None, to_levels, counts.to(levels.dtype) * strength, None, None, None
 
 
-def _sums(cells: Tensor, values: Tensor | None) -> Tensor:
-    """The sum (without values: the number) of the values of every cell, float64 ``[CELLS]``."""
+def _sums(codes: Tensor, values: Tensor | None, size: int) -> Tensor:
+    """The sum (without values: the number) of the values of every code, float64 ``[size]``."""
     if values is not None:
         values = values.reshape(-1)
-    if cells.device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.bincount(cells, values, minlength=CELLS).double()
+    if codes.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.bincount(codes, values, minlength=size).double()
     if values is None:
-        values = torch.ones_like(cells, dtype=torch.float64)
-    return values.new_zeros(CELLS).scatter_add_(0, cells.to(torch.int64), values).double()
+        values = torch.ones_like(codes, dtype=torch.float64)
+    return values.new_zeros(size).scatter_add_(0, codes.to(torch.int64), values).double()
 
 
 class LearnedLevels(Quantizer):
@@ -191,15 +207,16 @@ class LearnedLevels(Quantizer):
         self.lowest, self.highest = byte.level_min, byte.level_max
         self.project_()
 
-    def byte_levels(self, levels: Tensor, gates: Tensor) -> Tensor:
-        """The integer level of every code, ``[..., 2**b]``; ``gates`` as in :func:`merged_levels`."""
-        merged = merged_levels(levels, gates)
+    def byte_levels(self, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """The integer level of every code for binary ``gates`` in descending order, and the probe."""
+        scaled = scale_gradient(self.levels, self._gradient_scale(gates.detach()))  # type: ignore[arg-type]
+        merged, probe = merged_levels(scaled, gates, self.gate_gradient)
         if self.keeps_zero:
-            nearest = merged.gather(-1, merged.detach().abs().argmin(-1, keepdim=True))
-            enough = (gates.sum(-1, keepdim=True) > 1) | (not self.signed)
-            merged = torch.where((merged == nearest) & enough, torch.zeros_like(merged), merged)
+            nearest = merged.index_select(0, merged.detach().abs().argmin().reshape(1))
+            kept = (merged == nearest) & ((gates.sum() > 1) | (not self.signed))
+            merged = torch.where(kept, torch.zeros_like(merged), merged)
         whole = torch.round(merged.detach()).clamp(self.lowest, self.highest)
-        return straight_through(merged, whole)
+        return straight_through(merged, whole), probe
 
     def _gradient_scale(self, gates: Tensor) -> Tensor:
         """Factor of the levels' gradient: one value's worth a level, in units of the values."""
@@ -209,47 +226,14 @@ class LearnedLevels(Quantizer):
 
     def quantized(self, x: Tensor) -> Tensor:
         """The quantized tensor; in bfloat16 training the rounding is still done in float32."""
-        gates = open_gates(self.gates)
-        binary = gates.detach()
-        scaled = scale_gradient(self.levels, self._gradient_scale(binary))  # type: ignore[arg-type]
-        levels = self.byte_levels(scaled, binary)
-        nearest = self._nearest(levels.detach())
-        if self.gate_gradient == "constant":
-            change = self._constant_change(binary)[:, nearest]
-            probe = torch.zeros(CELLS, device=x.device)
-        else:
-            change = self._change(binary)
-            probe = ((0.5 - binary) * gates) @ change.square()
-        # In double precision: the parts that a level's cells add to its gradient nearly cancel.
-        table = levels.double().index_select(0, nearest) + (gates - binary) @ change
+        levels, probe = self.byte_levels(open_gates(self.gates))
+        whole = levels.detach()
+        cells = 0.5 * torch.arange(CELLS, device=x.device) + float(self.lowest)
+        codes = torch.bucketize(cells, 0.5 * (whole[1:] + whole[:-1]), right=True)
+        if self.gate_gradient == "constant":  # the first of equal levels, as an argmin would take
+            codes = torch.searchsorted(whole, whole[codes])
         strength = self.correction / (x.numel() * self.power)
-        return _Nearest.apply(x, self.step, table, probe, 2.0 * self.lowest, strength)
-
-    def _nearest(self, levels: Tensor) -> Tensor:
-        """Code of every cell ``[..., CELLS]`` for rising levels ``[..., n]``; of equal ones the first."""
-        cells = 0.5 * torch.arange(CELLS, device=levels.device) + float(self.lowest)
-        cells = cells.expand(*levels.shape[:-1], CELLS).contiguous()
-        codes = torch.searchsorted(0.5 * (levels[..., 1:] + levels[..., :-1]), cells, right=True)
-        return torch.searchsorted(levels, levels.gather(-1, codes))
-
-    @torch.no_grad()
-    def _change(self, gates: Tensor) -> Tensor:
-        """What opening each gate adds to the level that a cell's values have, ``[b, CELLS]``.
-
-        Values choose their level anew: it is what toggling the gate does to them.
-        """
-        one = torch.eye(len(gates), device=gates.device)
-        rows = torch.stack([torch.maximum(gates, one), gates * (1.0 - one)])
-        levels = self.byte_levels(self.levels, rows).sort(-1).values
-        opened, closed = levels.gather(-1, self._nearest(levels))
-        return opened - closed
-
-    @torch.no_grad()
-    def _constant_change(self, gates: Tensor) -> Tensor:
-        """What the formula with a constant ``Z`` takes for that, for every code, ``[b, 2**b]``."""
-        opened = merged_levels(self.levels, torch.maximum(gates, torch.eye(len(gates), device=gates.device)))
-        across = torch.stack([_across(row, bit) for bit, row in enumerate(opened)])
-        return -across * (0.5 + 0.5 * gates[:, None])
+        return _Nearest.apply(x, self.step, levels, probe, codes.to(torch.uint8), 2.0 * self.lowest, strength)
 
     def bits(self) -> Tensor:
         """The number of open gates."""
@@ -264,7 +248,7 @@ class LearnedLevels(Quantizer):
     def codebook(self, bits: int) -> Codebook:
         """The grid with the ``bits`` most significant gates open and the others closed."""
         gates = (torch.arange(len(self.gates), device=self.gates.device) < bits).to(self.gates.dtype)
-        levels = self.byte_levels(self.levels, gates)
+        levels, _ = self.byte_levels(gates)
         return Codebook(bits, tuple(int(level) for level in torch.unique(levels).tolist()))
 
     @torch.no_grad()
