@@ -322,8 +322,11 @@ def test_latency_that_no_one_width_and_no_narrow_widths_meet(name, uneven):
         assert "no single width for all weights and one for all activations meets" in str(error)
         return
     said = [str(warning.message) for warning in told if warning.category is UserWarning]
-    if uneven == "activations":  # a method that keeps to one width elsewhere says that it does not here
-        assert all("no one width for all activations meets" in message for message in said)
+    # What does not fill up a limit with several widths keeps to one, and says that it does not here.
+    elsewhere, _ = learned(name, "weights=3bit,act=2.5bit")
+    keeps_to_one = len({elsewhere.bits[site.name] for site in tiny().profile.activations}) == 1
+    if uneven == "activations" and keeps_to_one:
+        assert any("no one width for all activations meets" in message for message in said)
     else:
         assert said == []
 

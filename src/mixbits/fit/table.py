@@ -39,9 +39,10 @@ def table(summary: dict[str, Any]) -> str:
         verdict = "met" if limit["used"] <= limit["asked"] else "NOT MET"
         lines.append(f"limit {limit['text']}: {used} of {asked}, {verdict}")
     ran = summary["runtime"]
+    beside = ran.get("training_graph_top1")  # folders of before lack it
+    trained = "" if beside is None else f" (as trained {beside:.2f} %)"
     lines.append(
-        f"packed model, run without torch on {ran['images']} test images: {ran['top1']:.2f} % "
-        f"(as trained {ran['training_graph_top1']:.2f} %), "
+        f"packed model, run without torch on {ran['images']} test images: {ran['top1']:.2f} %{trained}, "
         f"{ran['same_prediction_as_training_graph']} predictions as in training"
     )
     return "\n".join(lines) + "\n"
