@@ -60,6 +60,7 @@ ADAM_BETAS = (0.5, 0.9)  # of the gates' optimizer: with longer memory the width
 FIRST_EXPONENT = 0.02  # of a limit's factor, the paper's
 EXPONENT_GROWTH = 30.0  # natural logarithm of how far the exponent can grow in the whole of learning
 ROUNDING_SLACK = 1e-5  # relative: a level at the end of its cell is not moved again
+CACHED = 2**16  # values whose double precision copy stays in a cache
 NARROWEST_SPAN = 2.0  # levels between the lowest and the highest one, so that two codes remain
 
 
@@ -88,35 +89,64 @@ def open_gates(gates: Tensor) -> Tensor:
     return _Open.apply(gates[torch.sort(gates, descending=True, stable=True).indices])
 
 
+class _Merge(torch.autograd.Function):
+    """:func:`merged_levels` in few operations: one factor of the block matrix after the other."""
+
+    @staticmethod
+    def forward(ctx: Any, levels: Tensor, gates: Tensor, gradient: GateGradient) -> tuple[Tensor, Tensor]:
+        keep, changes = gates.unbind(), []
+        for bit in reversed(range(len(gates))):  # from the least significant one
+            other = _swapped(levels, bit)
+            if gradient == "constant":
+                changes.append(-other)
+                levels = levels + (1.0 - keep[bit]) * other
+            else:
+                changes.append(0.5 * (levels - other))
+                levels = 0.5 * (levels + other) + keep[bit] * changes[-1]  # equal bit for bit where closed
+        count = torch.exp2((1.0 - gates).sum()) if gradient == "constant" else torch.ones_like(gates[0])
+        ctx.gradient = gradient
+        ctx.save_for_backward(torch.stack(changes[::-1]), gates, count)
+        return levels / count, torch.zeros_like(levels)
+
+    @staticmethod
+    def backward(ctx: Any, to_levels: Tensor, to_probe: Tensor) -> tuple[Tensor, Tensor, None]:
+        changes, gates, count = ctx.saved_tensors
+        to_levels, keep, after = to_levels / count, gates.unbind(), []
+        for bit in range(len(gates)):
+            after.append(to_levels)
+            other = _swapped(to_levels, bit)
+            if ctx.gradient == "constant":
+                to_levels = to_levels + (1.0 - keep[bit]) * other
+            else:
+                to_levels = torch.lerp(0.5 * (to_levels + other), to_levels, keep[bit])
+        to_gates = (torch.stack(after) * changes).sum(1)
+        if ctx.gradient == "difference":
+            to_gates = to_gates + (0.5 - gates) * (changes.square() @ to_probe)
+        return to_levels, to_gates, None
+
+
+def _swapped(values: Tensor, bit: int) -> Tensor:
+    """Each code's value replaced by that of the code with the other ``bit``, of the significance given."""
+    return values.reshape(level_count(bit), 2, -1).flip(1).reshape(-1)
+
+
 def merged_levels(levels: Tensor, gates: Tensor, gradient: GateGradient) -> tuple[Tensor, Tensor]:
     """``(1 / Z) U q``: every code's level once closed gates have merged theirs, and a probe.
 
     ``levels`` float ``[2**b]`` in rising order, ``gates`` binary ``[b]``, the most significant bit first.
     With ``"constant"`` the gates' gradient takes ``Z`` for a constant; with ``"difference"`` the mean is
     part of each factor, ``U_k = g I + (1 - g) / 2``, and the gradient is exactly what toggling gate k
-    changes. The probe ``[2**b]`` carries, for the gates alone, half the square of that change: the second
-    order of a quadratic loss.
+    changes. The probe ``[2**b]`` is zero; its gradient reaches the gates alone, times half the square of
+    that change: the second order of a quadratic loss.
 
     >>> merged_levels(torch.tensor([0.0, 1.0, 4.0, 6.0]), torch.tensor([1.0, 0.0]), "difference")[0].tolist()
     [0.5, 0.5, 5.0, 5.0]
     """
-    probe = torch.zeros_like(levels)
-    for bit in reversed(range(len(gates))):  # from the least significant one
-        gate, pairs = gates[bit], levels.reshape(level_count(bit), 2, -1)
-        other = pairs.flip(1).reshape(-1)
-        if gradient == "constant":
-            levels = levels + (1.0 - gate) * other
-            continue
-        change = 0.5 * (levels - other)
-        levels = 0.5 * (levels + other) + gate * change  # equal bit for bit where the gate is closed
-        probe = probe + (0.5 - gate.detach()) * gate * change.detach().square()
-    if gradient == "constant":
-        levels = levels / torch.exp2((1.0 - gates.detach()).sum())
-    return levels, probe
+    return _Merge.apply(levels, gates, gradient)
 
 
 class _Nearest(torch.autograd.Function):
-    """``step * levels[code]`` with the code of ``x / step`` from a table; saves ``x`` and the codes.
+    """``step * levels[code]``, the code of ``x / step`` from a table; saves ``x``, its cell and the result.
 
     Backward: to ``x`` the gradient where it lies within the levels; to each level the sum over its values,
     each corrected by ``strength * (level - x / step)``; to ``probe`` ``strength`` times its values' number.
@@ -135,36 +165,31 @@ class _Nearest(torch.autograd.Function):
     ) -> Tensor:
         cells = (x / step).mul_(2.0).floor_().sub_(first_cell).clamp_(0, CELLS - 1)
         # An integer clamp too: converting a NaN gives any integer.
-        index = cells.to(torch.int32).clamp_(0, CELLS - 1).reshape(-1)
-        codes = code_of_cell.index_select(0, index)
-        ctx.save_for_backward(x, step, levels, codes, strength)
-        return levels[code_of_cell.long()].index_select(0, index).reshape(x.shape).mul_(step)
+        cells = cells.to(torch.int32).clamp_(0, CELLS - 1).reshape(-1)
+        quantized = levels[code_of_cell].index_select(0, cells).reshape(x.shape).mul_(step)
+        ctx.save_for_backward(x, step, levels, code_of_cell, cells.to(torch.int16), quantized, strength)
+        return quantized
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, step, levels, codes, strength = ctx.saved_tensors
-        ratio = x / step
-        inside = within(grad, ratio, levels[0], levels[-1])
-        # The sum of grad * step + strength * (level - ratio) over each level's values, in parts. A level
-        # times its count is nearly the sum of its ratios: float32 would lose their difference.
-        counts = _sums(codes, None, len(levels))
-        away = counts * levels - _sums(codes, ratio.double(), len(levels))
-        slope = (
-            _sums(codes, grad * step, len(levels)) if step.dim() else step * _sums(codes, grad, len(levels))
-        )
-        to_levels = (slope + strength * away).to(levels.dtype)
-        return inside, None, to_levels, counts.to(levels.dtype) * strength, None, None, None
+        x, step, levels, code_of_cell, cells, quantized, strength = ctx.saved_tensors
+        inside = within(grad, x / step, levels[0], levels[-1])
+        # A value's error first, then sums: the sums of levels and of ratios nearly cancel.
+        values = (quantized - x).mul_(strength / step.square()).add_(grad).mul_(step)
+        sums = torch.stack([_sums(cells, values.reshape(-1)), strength * _sums(cells, None)])
+        sums = sums.new_zeros(2, len(levels)).index_add_(1, code_of_cell, sums).to(levels.dtype)
+        return inside, None, sums[0], sums[1], None, None, None
 
 
-def _sums(codes: Tensor, values: Tensor | None, size: int) -> Tensor:
-    """The sum (without values: the number) of the values of every code, float64 ``[size]``."""
-    if values is not None:
-        values = values.reshape(-1)
-    if codes.device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.bincount(codes, values, minlength=size).double()
-    if values is None:
-        values = torch.ones_like(codes, dtype=torch.float64)
-    return values.new_zeros(size).scatter_add_(0, codes.to(torch.int64), values).double()
+def _sums(cells: Tensor, values: Tensor | None) -> Tensor:
+    """The sum (without values: the number) of the values in every cell, float64 ``[CELLS]``."""
+    if cells.device.type == "cpu" and not torch.compiler.is_compiling():
+        if values is None:
+            return torch.bincount(cells, minlength=CELLS).double()
+        parts = zip(cells.split(CACHED), values.split(CACHED), strict=True)
+        return torch.stack([torch.bincount(c, v.double(), minlength=CELLS) for c, v in parts]).sum(0)
+    values = torch.ones_like(cells, dtype=torch.float64) if values is None else values.double()
+    return values.new_zeros(CELLS).scatter_add_(0, cells.to(torch.int64), values)
 
 
 class LearnedLevels(Quantizer):
@@ -233,7 +258,7 @@ class LearnedLevels(Quantizer):
         if self.gate_gradient == "constant":  # the first of equal levels, as an argmin would take
             codes = torch.searchsorted(whole, whole[codes])
         strength = self.correction / (x.numel() * self.power)
-        return _Nearest.apply(x, self.step, levels, probe, codes.to(torch.uint8), 2.0 * self.lowest, strength)
+        return _Nearest.apply(x, self.step, levels, probe, codes, 2.0 * self.lowest, strength)
 
     def bits(self) -> Tensor:
         """The number of open gates."""
