@@ -542,6 +542,23 @@ def test_finetuning_starts_from_the_learned_levels_and_steps():
         assert torch.equal(placed[site].freeze().step, found.frozen[site].step), site
 
 
+@pytest.mark.parametrize(
+    ("budget", "options", "weight", "activation"),
+    [
+        ("weights=2bit,act=3bit", {}, 3, 4),
+        ("weights=2.9bit,act=2bit", {}, 3, 3),
+        ("weights=3bit,act=3bit", {"start_bits": 8}, 5, 5),
+    ],
+)
+def test_widths_start_one_above_the_widest_that_all_could_have(budget, options, weight, activation):
+    target = Target(parse_budget(budget), (1, 2, 3, 4, 5), (2, 3, 4, 5))
+
+    found = DDQ(epochs=0, **options).learn(padded(), task(), target, Loop())
+
+    assert {found.bits[site.name] for site in found.graph.profile.weights} == {weight}
+    assert {found.bits[site.name] for site in found.graph.profile.activations} == {activation}
+
+
 class StoppedLoop:
     """A loop that is asked to stop after so many updates."""
 

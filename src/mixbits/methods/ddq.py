@@ -17,12 +17,14 @@ Deviation: zero stays a level of every unsigned tensor and of signed activations
 and ReLU produce it; means of levels would lose it.
 Deviation: the gradient of a gate is by default the difference that toggling it makes, to the levels and to
 the quantization error (option ``gate_gradient="constant"`` gives the formula remembered as the paper's).
-Where zero is kept this difference is counted wrong (docs/decisions/0005, "Known to be wrong").
+It is an estimate: values keep their codes, and zero counts as a level like any other (docs/decisions/0005).
 Deviation: gates move by Adam and the exponent of the memory term grows while a limit is exceeded; the limit
 itself comes down from what is used at the start. With the paper's fixed exponent, .02, nothing closes within
-a short run. Any limit has such a factor, not just weights. The gates' rate falls to zero over the second half
-of learning: else widths go on changing to the end, and the network with them.
+a short run. Any limit has such a factor, not just weights. Once the limits are down the rate of gates and
+exponents falls to zero: else widths go on changing to the end, and the network with them.
 Deviation: the correction's strength is relative to the power of the site's values, one number for all sites.
+Deviation: as many gates are open at first as give one bit more than the widest that all sites could have
+under the budget; from 8 bits to 2 is a long way for a short training.
 Deviation: weights have one level vector a layer and one step a channel.
 Deviation: 8 bits end on the uniform grid, and finetuning goes on with the levels fixed and learned steps.
 """
@@ -59,6 +61,7 @@ DENSITY_POWER = 0.4  # of levels against values; 1/3 is best for many levels, fe
 ADAM_BETAS = (0.5, 0.9)  # of the gates' optimizer: with longer memory the widths swing around their limit
 FIRST_EXPONENT = 0.02  # of a limit's factor, the paper's
 EXPONENT_GROWTH = 30.0  # natural logarithm of how far the exponent can grow in the whole of learning
+SETTLING = 0.35, 0.6  # shares of learning between which gates and exponents come to rest
 ROUNDING_SLACK = 1e-5  # relative: a level at the end of its cell is not moved again
 CACHED = 2**16  # values whose double precision copy stays in a cache
 NARROWEST_SPAN = 2.0  # levels between the lowest and the highest one, so that two codes remain
@@ -336,12 +339,19 @@ class Pressure(nn.Module):
                 power = power.to(ratio) + exponent.to(ratio) * torch.log(ratio.clamp_min(1.0))
         return torch.where(power < 1.0, torch.exp(power.clamp_max(1.0)), math.e * power)
 
+    def pace(self) -> float:
+        """How fast gates and exponents move: 1, and from ``SETTLING`` on falling to 0."""
+        first, last = SETTLING
+        late = min(max((float(self.progress) - first) / (last - first), 0.0), 1.0)
+        return 0.5 * (1.0 + math.cos(math.pi * late))
+
     def update_(self, ratios: list[Tensor | None], share: float) -> None:
         """Raise the exponents of exceeded limits, lower the others; ``share`` of learning has passed."""
+        growth = EXPONENT_GROWTH * share * self.pace()
         self.progress.add_(share)
         for index, ratio in enumerate(ratios):
             exceeded = ratio is not None and bool(ratio > 1.0)
-            self.exponents[index] *= math.exp(EXPONENT_GROWTH * share * (1.0 if exceeded else -1.0))
+            self.exponents[index] *= math.exp(growth if exceeded else -growth)
         self.exponents.clamp_(min=FIRST_EXPONENT)
 
 
@@ -354,12 +364,12 @@ class DDQ(Method):
     momentum: float = 0.9
     weight_decay: float = 1e-4  # on weights
     schedule: Schedule = "cosine"
-    travel: float = 20.0  # the farthest that a gate (-1..1) can move in the whole of learning
+    travel: float = 6.0  # the farthest that a gate (-1..1) can move in the whole of learning
     correction: float = 0.1  # lambda, weight of the relative squared error in gradients of levels and gates
     gate_gradient: GateGradient = "difference"  # constant: with the normalization taken for a constant
-    start_bits: int = 8  # gates open at first, at most the widest candidate
+    start_bits: int = 0  # gates open at first; 0: one more than the widest that all could have, at most 8
     start_levels: Literal["density", "uniform"] = "density"  # density: closer where values are frequent
-    ramp: float = 0.5  # share of learning over which a limit comes down to what was asked
+    ramp: float = 0.3  # share of learning over which a limit comes down to what was asked
     per_channel: bool = True  # steps of weights
 
     paper: ClassVar[str] = (
@@ -405,8 +415,7 @@ class DDQ(Method):
             return loss * (pressure.factor(seen["ratios"]) - 1.0)
 
         def update_gates() -> None:
-            late = max(2.0 * float(pressure.progress) - 1.0, 0.0)  # of the second half, when limits are down
-            gate_optimizer.param_groups[0]["lr"] = rate * 0.5 * (1.0 + math.cos(math.pi * late))
+            gate_optimizer.param_groups[0]["lr"] = rate * pressure.pace()
             gate_optimizer.step()
             gate_optimizer.zero_grad()
             pressure.update_(seen["ratios"], share)
@@ -434,7 +443,8 @@ class DDQ(Method):
 
     def _place_(self, graph: QuantGraph, batches: Batches, target: Target, device: torch.device) -> None:
         """:class:`LearnedLevels` on every site, a :class:`LearnedStep` where 8 bits are pinned."""
-        allowed = target.choices(graph.profile).widths
+        choices = target.choices(graph.profile)
+        allowed, fitting = choices.widths, target.widest_pair(graph.profile) or choices.at(lowest=True)
         observed = observe(graph, [site.name for site in graph.profile.activations], batches, device)
         placed: dict[str, Quantizer] = {}
         for site in graph.profile.sites:
@@ -445,12 +455,15 @@ class DDQ(Method):
                 step = mse_step(values.reshape(1, -1), grid)[0]
                 placed[site.name] = LearnedStep(grid, step, shared_by=site.elements)
                 continue
-            placed[site.name] = self._quantizer(site, values, widths[0], widths[-1])
+            bits = min(max(self.start_bits or fitting[site.name] + 1, widths[0]), widths[-1])
+            placed[site.name] = self._quantizer(site, values, bits, widths[0], widths[-1])
         put_(graph, placed)
 
-    def _quantizer(self, site: Site, values: Tensor, least_bits: int, most_bits: int) -> LearnedLevels:
-        """The start for ``values``, float ``[channels or 1, n]``."""
-        weight, bits = site.kind == "weight", max(min(self.start_bits, most_bits), least_bits)
+    def _quantizer(
+        self, site: Site, values: Tensor, bits: int, least_bits: int, most_bits: int
+    ) -> LearnedLevels:
+        """The start for ``values``, float ``[channels or 1, n]``, with ``bits`` gates open."""
+        weight = site.kind == "weight"
         rows = values if weight and self.per_channel else values.reshape(1, -1)
         byte = Uniform(MAX_BITS, site.signed)
         count = level_count(most_bits)

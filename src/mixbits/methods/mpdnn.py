@@ -33,6 +33,7 @@ for activations.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from math import isnan
 from typing import Any, ClassVar, Literal
 
@@ -84,21 +85,29 @@ class _Uniform(torch.autograd.Function):
     """:func:`uniform`; saves its arguments only, and rounds again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    def forward(  # noqa: PLR0917  autograd calls by position
+        ctx: Any, x: Tensor, step: Tensor, low: Tensor, high: Tensor, signed: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, step, low, high)
-        return _rounded(x, step, low, high)
+        ctx.signed = signed
+        return _rounded(x, step, low, high, signed=signed)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, step, low, high = ctx.saved_tensors
         ratio = torch.clamp(x, low, high).div_(step)
-        to_step = dot(grad, nearest_away(ratio).sub_(ratio))
+        to_step = dot(grad, _nearest(ratio, signed=ctx.signed).sub_(ratio))
         to_x, to_low, to_high = clip_gradients(grad, x, low, high)
-        return to_x, to_step, to_low, to_high
+        return to_x, to_step, to_low, to_high, None
 
 
-def _rounded(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    return nearest_away(torch.clamp(x, low, high).div_(step)).mul_(step)
+def _nearest(ratio: Tensor, *, signed: bool) -> Tensor:
+    """The nearest integers, ties away from zero; two passes where nothing is negative, four elsewhere."""
+    return nearest_away(ratio) if signed else (ratio + 0.5).floor_()
+
+
+def _rounded(x: Tensor, step: Tensor, low: Tensor, high: Tensor, *, signed: bool) -> Tensor:
+    return _nearest(torch.clamp(x, low, high).div_(step), signed=signed).mul_(step)
 
 
 def uniform(x: Tensor, step: Tensor, q_max: Tensor, *, signed: bool) -> Tensor:
@@ -107,7 +116,7 @@ def uniform(x: Tensor, step: Tensor, q_max: Tensor, *, signed: bool) -> Tensor:
     Ties go away from zero.
     """
     arguments = x, step, -q_max if signed else torch.zeros_like(q_max), q_max
-    return made_by(_rounded, _Uniform.apply(*arguments), *arguments)
+    return made_by(partial(_rounded, signed=signed), _Uniform.apply(*arguments, signed), *arguments)
 
 
 def uniform_bits(step: Tensor, q_max: Tensor, *, signed: bool, least: int) -> Tensor:
