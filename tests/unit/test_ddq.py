@@ -359,6 +359,37 @@ def test_a_merged_level_far_from_its_mean_comes_back_into_its_cell():
     assert (made.levels.diff() >= 0).all()
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_levels_in_order_keep_their_places_however_many_gates_are_open(bits):
+    values = torch.randn(1, 20_000, generator=torch.Generator().manual_seed(0)).mul_(0.05)
+    levels = density_levels(values, 256, signed=True) * 400
+
+    made = LearnedLevels(
+        levels,
+        start_gates(bits, 8),
+        torch.tensor(1 / 400),
+        signed=True,
+        keeps_zero=False,
+        least_bits=1,
+        shared_by=1,
+    )
+
+    torch.testing.assert_close(made.levels.detach(), levels.clamp(-128, 127))
+
+
+def test_gates_slow_down_once_the_limits_are_down():
+    pressure = Pressure({"weights": 100.0}, parse_budget("weights=100B"), ramp=0.4)
+
+    paces = []
+    for _ in range(11):
+        paces.append(pressure.pace())
+        pressure.update_([torch.tensor(1.0)], 0.1)
+
+    assert paces[:5] == pytest.approx([1.0] * 5)
+    assert paces[7] == pytest.approx(0.5)
+    assert paces[10] == pytest.approx(0.0, abs=1e-6)
+
+
 def test_levels_that_fell_together_become_two_codes_again():
     made = quantizer((0.5, -0.5, -0.5))
     with torch.no_grad():
@@ -547,10 +578,15 @@ def test_finetuning_starts_from_the_learned_levels_and_steps():
     [
         ("weights=2bit,act=3bit", {}, 3, 4),
         ("weights=2.9bit,act=2bit", {}, 3, 3),
+        ("weights=3bit", {}, 4, 5),
         ("weights=3bit,act=3bit", {"start_bits": 8}, 5, 5),
+        ("weights=3bit,act=3bit", {"start_bits": 1}, 1, 2),
     ],
+    ids=["one above", "part of a bit", "no limit", "too wide", "too narrow"],
 )
-def test_widths_start_one_above_the_widest_that_all_could_have(budget, options, weight, activation):
+def test_widths_start_one_above_the_widest_that_all_could_have_within_the_candidates(
+    budget, options, weight, activation
+):
     target = Target(parse_budget(budget), (1, 2, 3, 4, 5), (2, 3, 4, 5))
 
     found = DDQ(epochs=0, **options).learn(padded(), task(), target, Loop())

@@ -20,11 +20,11 @@ the quantization error (option ``gate_gradient="constant"`` gives the formula re
 It is an estimate: values keep their codes, and zero counts as a level like any other (docs/decisions/0005).
 Deviation: gates move by Adam and the exponent of the memory term grows while a limit is exceeded; the limit
 itself comes down from what is used at the start. With the paper's fixed exponent, .02, nothing closes within
-a short run. Any limit has such a factor, not just weights. Once the limits are down the rate of gates and
-exponents falls to zero: else widths go on changing to the end, and the network with them.
+a short run. Any limit has such a factor, not just weights. Once the limits are down the gates' rate falls to
+zero: else widths go on changing to the end, and the network with them.
 Deviation: the correction's strength is relative to the power of the site's values, one number for all sites.
-Deviation: as many gates are open at first as give one bit more than the widest that all sites could have
-under the budget; from 8 bits to 2 is a long way for a short training.
+Deviation: a site starts with one bit more than the widest that all sites could have under the budget; from 8
+bits to 2 is a long way for a short training.
 Deviation: weights have one level vector a layer and one step a channel.
 Deviation: 8 bits end on the uniform grid, and finetuning goes on with the levels fixed and learned steps.
 """
@@ -61,7 +61,6 @@ DENSITY_POWER = 0.4  # of levels against values; 1/3 is best for many levels, fe
 ADAM_BETAS = (0.5, 0.9)  # of the gates' optimizer: with longer memory the widths swing around their limit
 FIRST_EXPONENT = 0.02  # of a limit's factor, the paper's
 EXPONENT_GROWTH = 30.0  # natural logarithm of how far the exponent can grow in the whole of learning
-SETTLING = 0.35, 0.6  # shares of learning between which gates and exponents come to rest
 ROUNDING_SLACK = 1e-5  # relative: a level at the end of its cell is not moved again
 CACHED = 2**16  # values whose double precision copy stays in a cache
 NARROWEST_SPAN = 2.0  # levels between the lowest and the highest one, so that two codes remain
@@ -281,10 +280,10 @@ class LearnedLevels(Quantizer):
 
     @torch.no_grad()
     def project_(self) -> None:
-        """Gates within -1..1 and enough of them open; merged levels rising, and each level near its mean.
+        """Gates within -1..1 and enough of them open; all levels rising.
 
         A level gets the gradient of the mean alone while its gate is closed, so its distance to the mean is
-        of old; it is shortened where the level would lie nearer to another mean.
+        of old; distances are shortened where levels of neighbouring means would overlap.
         """
         self.gates.clamp_(-1.0, 1.0)
         order = torch.sort(self.gates, descending=True, stable=True).indices[: self.least_bits]
@@ -299,12 +298,12 @@ class LearnedLevels(Quantizer):
             half = 0.5 * NARROWEST_SPAN
             middle = means.mean().clamp(self.lowest + half, self.highest - half)
             means = middle + torch.linspace(-half, half, len(means), device=means.device)
-        gaps = 0.5 * means.diff()
-        room = torch.minimum(torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]]))
-        reach = away.abs().amax(1)
-        far = bool((reach > room * (1.0 + ROUNDING_SLACK)).any())
+        gaps, taken = means.diff(), away[:-1].amax(1) - away[1:].amin(1)
+        far = bool((taken > gaps * (1.0 + ROUNDING_SLACK)).any())
         if narrow or far or not bool((order.diff() > 0).all()):
-            shorter = torch.clamp(room / reach.clamp_min(SMALLEST_STEP), max=1.0)
+            room = torch.clamp(gaps / taken.clamp_min(SMALLEST_STEP), max=1.0)
+            one = torch.ones_like(means[:1])
+            shorter = torch.minimum(torch.cat([one, room]), torch.cat([room, one]))
             self.levels.copy_((means[:, None] + shorter[:, None] * away).reshape(-1))
 
 
@@ -340,18 +339,16 @@ class Pressure(nn.Module):
         return torch.where(power < 1.0, torch.exp(power.clamp_max(1.0)), math.e * power)
 
     def pace(self) -> float:
-        """How fast gates and exponents move: 1, and from ``SETTLING`` on falling to 0."""
-        first, last = SETTLING
-        late = min(max((float(self.progress) - first) / (last - first), 0.0), 1.0)
-        return 0.5 * (1.0 + math.cos(math.pi * late))
+        """How fast gates move: 1, and once the limits are down, falling to 0 at the end."""
+        late = max(float(self.progress) - self.ramp, 0.0) / max(1.0 - self.ramp, SMALLEST_STEP)
+        return 0.5 * (1.0 + math.cos(math.pi * min(late, 1.0)))
 
     def update_(self, ratios: list[Tensor | None], share: float) -> None:
         """Raise the exponents of exceeded limits, lower the others; ``share`` of learning has passed."""
-        growth = EXPONENT_GROWTH * share * self.pace()
         self.progress.add_(share)
         for index, ratio in enumerate(ratios):
             exceeded = ratio is not None and bool(ratio > 1.0)
-            self.exponents[index] *= math.exp(growth if exceeded else -growth)
+            self.exponents[index] *= math.exp(EXPONENT_GROWTH * share * (1.0 if exceeded else -1.0))
         self.exponents.clamp_(min=FIRST_EXPONENT)
 
 
@@ -364,12 +361,12 @@ class DDQ(Method):
     momentum: float = 0.9
     weight_decay: float = 1e-4  # on weights
     schedule: Schedule = "cosine"
-    travel: float = 6.0  # the farthest that a gate (-1..1) can move in the whole of learning
+    travel: float = 6.0  # how far a gate (-1..1) could move at its first rate in the whole of learning
     correction: float = 0.1  # lambda, weight of the relative squared error in gradients of levels and gates
     gate_gradient: GateGradient = "difference"  # constant: with the normalization taken for a constant
-    start_bits: int = 0  # gates open at first; 0: one more than the widest that all could have, at most 8
+    start_bits: int = 0  # gates open at first, within the candidates; 0: one above what all could have
     start_levels: Literal["density", "uniform"] = "density"  # density: closer where values are frequent
-    ramp: float = 0.3  # share of learning over which a limit comes down to what was asked
+    ramp: float = 0.5  # share of learning over which a limit comes down to what was asked
     per_channel: bool = True  # steps of weights
 
     paper: ClassVar[str] = (
@@ -473,13 +470,10 @@ class DDQ(Method):
             step = levels.abs().max() / byte.level_max
             levels, step = levels / step, step * scale
         else:
-            grid = full_grid(site, bits)
-            spread = level_count(MAX_BITS - bits) if grid.spacing == 1 else level_count(MAX_BITS - 2)  # type: ignore[union-attr]
+            grid = full_grid(site, most_bits)
+            spread = level_count(MAX_BITS - most_bits) if grid.spacing == 1 else level_count(MAX_BITS - 2)  # type: ignore[union-attr]
             step = mse_step(rows, grid) / spread
-            coarse = torch.tensor(grid.levels, dtype=torch.float32) * spread  # type: ignore[union-attr]
-            fine = level_count(most_bits - bits)
-            away = (torch.arange(fine) - 0.5 * (fine - 1)) * (coarse[1] - coarse[0]) / fine
-            levels = (coarse[:, None] + away).reshape(-1).clamp(byte.level_min, byte.level_max)
+            levels = torch.tensor(grid.levels, dtype=torch.float32) * spread  # type: ignore[union-attr]
         ratios = rows / step[:, None]
         return LearnedLevels(
             levels,
