@@ -228,6 +228,15 @@ def test_the_gradient_of_a_gate_is_the_difference_that_it_makes(gate, state):
     assert torch.allclose(jacobian[:, gate], merged(1.0) - merged(0.0))
 
 
+def test_the_gradients_of_merging_are_those_of_its_formula():
+    draw = torch.Generator().manual_seed(0)
+    levels = torch.rand(16, generator=draw, dtype=torch.float64, requires_grad=True)
+    gates = torch.rand(4, generator=draw, dtype=torch.float64, requires_grad=True)  # unsorted, not binary
+
+    assert torch.autograd.gradcheck(lambda q, g: merged_levels(q, g, "difference")[0], (levels, gates))
+    assert torch.autograd.gradcheck(lambda q: merged_levels(q, gates.detach(), "constant")[0], (levels,))
+
+
 def test_moving_all_levels_leaves_the_difference_and_not_the_constant_formula():
     def gradient(kind: GateGradient, shift: float) -> Tensor:
         gates = torch.ones(3, requires_grad=True)
@@ -632,6 +641,24 @@ def test_learning_itself_comes_down_to_the_budget(budget):
 
     last = [row["used"] for row in rows if "used" in row][-1]
     assert max(last.values()) < 1.15
+
+
+def test_with_a_step_a_channel_a_level_s_gradient_is_the_sum_over_all_channels():
+    made = quantizer((0.5, 0.5, 0.5), gate_gradient="difference", correction=0.7, power=30.0)
+    made.step = torch.tensor([[0.01], [0.0123], [0.02]])
+    draw = torch.Generator().manual_seed(0)
+    x, upstream = torch.randn(3, 400, generator=draw), torch.randn(3, 400, generator=draw)
+
+    made(x).backward(upstream)
+
+    levels, steps = torch.tensor(Q).double() / STEP, made.step.double()
+    ratios = x.double() / steps
+    codes = (ratios[..., None] - levels).abs().argmin(-1)
+    pulls = upstream * steps + 0.7 / (1200 * 30.0) * (levels[codes] - ratios)
+    wanted = torch.zeros(8, dtype=torch.float64).scatter_add_(0, codes.flatten(), pulls.flatten())
+    scale = made._gradient_scale(torch.ones(3)).double()
+    assert made.levels.grad is not None
+    torch.testing.assert_close(made.levels.grad.double(), scale * wanted, rtol=1e-4, atol=1e-3)
 
 
 # Dynamo makes an instance of every autograd function that it meets.
